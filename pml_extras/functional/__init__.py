@@ -1,0 +1,31 @@
+"""The mathematics of the methods: pure functions on tensors, which need torch alone."""
+
+from .center_contrastive_loss import center_contrastive_loss
+from .class_interference import class_interference
+from .class_means import moving_class_means
+from .contextual_loss import contextual_loss, contrastive_loss, mean_similarity_loss
+from .contextual_pairs import ClassVote, class_vote, contextual_pairs
+from .contextual_similarity import (
+    contextual_similarity,
+    contextual_similarity_from_distances,
+    neighborhood_mask,
+)
+from .cosine import pairwise_cosine
+from .listwise_kl import listwise_kl
+
+__all__ = [
+    "center_contrastive_loss",
+    "contextual_similarity",
+    "contextual_similarity_from_distances",
+    "neighborhood_mask",
+    "contextual_loss",
+    "contrastive_loss",
+    "mean_similarity_loss",
+    "class_interference",
+    "moving_class_means",
+    "listwise_kl",
+    "ClassVote",
+    "class_vote",
+    "contextual_pairs",
+    "pairwise_cosine",
+]

@@ -1,0 +1,42 @@
+"""Half-precision inputs and autocast, dealt with once for all functions."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def full_precision(function: Callable[P, T]) -> Callable[P, T]:
+    """Run ``function`` with floating tensors in their widest type, at least float32, and no autocast.
+
+    Counts, thresholds and exponentials are wrong in bfloat16 and overflow in float16, and autocast
+    would quietly bring them back inside the function.
+    """
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+        dtype = torch.float32
+        for tensor in tensors:
+            if tensor.is_floating_point():
+                dtype = torch.promote_types(dtype, tensor.dtype)
+        cast: dict[int, torch.Tensor] = {}  # one tensor given twice stays one tensor
+
+        def widen(x: Any) -> Any:
+            if isinstance(x, torch.Tensor) and x.is_floating_point():
+                return cast.setdefault(id(x), x.to(dtype))
+            return x
+
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            return function(
+                *(widen(x) for x in args),  # type: ignore[arg-type]
+                **{name: widen(x) for name, x in kwargs.items()},  # type: ignore[arg-type]
+            )
+
+    return wrapper

@@ -1,0 +1,70 @@
+"""Moving averages of the embeddings of each class."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize as unit
+
+
+def moving_class_means(
+    means: Tensor,
+    counts: Tensor,
+    embeddings: Tensor,
+    labels: Tensor,
+    momentum: float,
+    normalize: bool = False,
+) -> tuple[Tensor, Tensor]:
+    r"""What the classes of a batch are averaged to after it.
+
+    .. math:: m_c \leftarrow \beta\,m_c + (1-\beta)\,\mathrm{mean}_{i: y_i = c}\,x_i
+
+    and the batch's mean alone where the class has no mean yet. With ``normalize``, the batch's
+    means and the result are unit vectors. Rows that are not finite are passed over.
+
+    Args:
+        means: (C, D).
+        counts: (C,) int64, how many embeddings each class was averaged from; 0: none yet.
+        embeddings: (N, D).
+        labels: (N,) int64 in [0, C).
+        momentum: :math:`\beta` in [0, 1].
+        normalize: whether the averages live on the unit sphere.
+
+    Returns:
+        (N, D), (N,): the new mean and count of class ``labels[i]`` in row i, equal to the last bit
+        in all rows of a class and whatever the order of the batch. To apply them:
+        ``means[labels], counts[labels] = moving_class_means(...)``.
+
+    Example:
+        >>> import torch
+        >>> x, y = torch.tensor([[1.0], [3.0], [5.0]]), torch.tensor([0, 0, 1])
+        >>> moving_class_means(torch.zeros(2, 1), torch.tensor([0, 7]), x, y, momentum=0.5)
+        (tensor([[2.0000],
+                [2.0000],
+                [2.5000]]), tensor([2, 2, 8]))
+    """
+    batch_means, batch_counts = _batch_class_means(embeddings.detach(), labels)
+    if normalize:
+        batch_means = unit(batch_means)
+    batch_means = batch_means.to(means.dtype)
+    old = means[labels]
+    new = torch.where(
+        (counts[labels] > 0)[:, None], momentum * old + (1 - momentum) * batch_means, batch_means
+    )
+    if normalize:
+        new = unit(new)
+    return torch.where((batch_counts > 0)[:, None], new, old), counts[labels] + batch_counts
+
+
+def _batch_class_means(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The batch's mean, float64, and number of finite rows of class ``labels[i]``, in row i."""
+    finite = embeddings.isfinite().all(1)
+    x = torch.where(finite[:, None], embeddings, 0).double()
+    # Floating-point sums depend on the order of the rows, and under DistributedLossWrapper each
+    # rank sees another order. Sums of integers do not: 2^41 steps up to the largest value.
+    shift = (40 - torch.frexp(x.abs().amax()).exponent).double()
+    fixed_point = torch.ldexp(x, shift).round().long()
+    slot = torch.searchsorted(labels.sort().values, labels)  # one number a class, below N
+    sums = torch.zeros_like(fixed_point).index_add_(0, slot, fixed_point)[slot]
+    counts = torch.zeros_like(labels).index_add_(0, slot, finite.long())[slot]
+    return torch.ldexp(sums.double(), -shift) / counts.clamp_min(1)[:, None], counts

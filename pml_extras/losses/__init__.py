@@ -1,0 +1,7 @@
+"""Losses, used as PML's own."""
+
+from .center_contrastive_loss import CenterContrastiveLoss
+from .contextual_loss import ContextualLoss
+from .listwise_distillation_loss import ListwiseDistillationLoss
+
+__all__ = ["CenterContrastiveLoss", "ContextualLoss", "ListwiseDistillationLoss"]

@@ -1,0 +1,213 @@
+"""Center Contrastive Loss (arXiv 2308.00458)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pytorch_metric_learning.distances import CosineSimilarity
+from pytorch_metric_learning.losses import BaseMetricLossFunction, WeightRegularizerMixin
+from pytorch_metric_learning.utils import common_functions as c_f
+from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
+from torch import Tensor
+
+from .._component import ShowsSettings, check_class_labels, check_embedding_size, require
+from ..functional import center_contrastive_loss, moving_class_means, pairwise_cosine
+
+
+class CenterContrastiveLoss(ShowsSettings, WeightRegularizerMixin, BaseMetricLossFunction):
+    r"""Contrasts each embedding with one center a class, and pulls it to its own.
+
+    .. math:: \ell_i = -\log\frac{e^{s(\cos_{iy_i} - m)}}
+        {e^{s(\cos_{iy_i} - m)} + \sum_{j \ne y_i} e^{s\cos_{ij}}} + \lambda\,|x_i - c_{y_i}|^2
+
+    The bank of centers moves in one of two ways:
+
+    - ``center_update="gradient"``: ``centers`` is a Parameter. **Give it to an optimizer**, or it
+      never moves; in PML's trainers the optimizer's key is ``metric_loss_optimizer``. Its learning
+      rate decides a lot: on Omniglot, from scratch, 0.1 to 1 with Adam served far better than 0.01.
+      Use no weight decay: the loss does not see the centers' lengths, so decay only shrinks them
+      and speeds their turning up.
+    - ``center_update="average"``: ``centers`` is a buffer, and before each comparison a class's
+      center becomes the normalised moving average of its embeddings. No optimizer is needed. A class
+      takes part once it has been seen. In eval mode the bank stands still.
+
+    Args:
+        num_classes: C >= 1; labels lie in [0, C).
+        embedding_size: D.
+        scale: s > 0, the inverse temperature.
+        margin: m >= 0, in units of cosine similarity.
+        center_weight: :math:`\lambda` >= 0.
+        center_update: "gradient" or "average".
+        momentum: in [0, 1], how much of a center the "average" mode keeps at each batch of its class.
+        label_smoothing: in [0, 1), the share of the target that goes to all classes alike.
+        **kwargs: PML's ``reducer``, ``embedding_regularizer``, ``weight_regularizer`` (on the
+            centers, "gradient" mode only), ``weight_init_func``, ``collect_stats``. For class
+            weights use PML's ``ClassWeightedReducer``.
+
+    Attributes:
+        centers: (C, D), of any length; only their directions count.
+        class_counts: (C,) int64, in "average" mode: how many embeddings each class has had.
+
+    Default distance: ``CosineSimilarity()``, the only one. Default reducer: ``MeanReducer``. Reducer
+    input: **loss**, an element a sample. Tuples from a miner weight the samples. Statistics for
+    the log: ``avg_center_similarity`` (to the own center) and ``center_accuracy`` (share of samples
+    nearest to their own center).
+
+    Raises:
+        ValueError: for a label outside [0, C) (labels on a GPU are left to its own check),
+            embeddings of another size, ``ref_emb``, or a setting out of range.
+
+    Source: arXiv 2308.00458, whose body was not available to us. The equation is its Equation (5) as
+    three independent re-implementations state it, plus a constant; the defaults of s, m and
+    :math:`\lambda` are inferred from those too. Of the two readings of "updated in real time",
+    "gradient" is theirs. Label smoothing is ours.
+
+    Example:
+        >>> import torch
+        >>> from pml_extras.losses import CenterContrastiveLoss
+        >>> loss_func = CenterContrastiveLoss(num_classes=10, embedding_size=8)
+        >>> optimizer = torch.optim.Adam(loss_func.parameters(), lr=0.1)
+        >>> loss = loss_func(torch.randn(32, 8), torch.randint(10, (32,)))
+        >>> loss.backward()
+        >>> optimizer.step()
+    """
+
+    settings = (
+        "num_classes",
+        "embedding_size",
+        "scale",
+        "margin",
+        "center_weight",
+        "center_update",
+        "momentum",
+        "label_smoothing",
+    )
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        scale: float = 16.0,
+        margin: float = 0.2,
+        center_weight: float = 1.5,
+        center_update: str = "gradient",
+        momentum: float = 0.9,
+        label_smoothing: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        require(num_classes >= 1, "num_classes", "be at least 1", num_classes)
+        require(embedding_size >= 1, "embedding_size", "be at least 1", embedding_size)
+        require(scale > 0, "scale", "be positive", scale)
+        require(margin >= 0, "margin", "not be negative", margin)
+        require(center_weight >= 0, "center_weight", "not be negative", center_weight)
+        require(0 <= momentum <= 1, "momentum", "lie in [0, 1]", momentum)
+        require(0 <= label_smoothing < 1, "label_smoothing", "lie in [0, 1)", label_smoothing)
+        require(
+            center_update in ("gradient", "average"),
+            "center_update",
+            'be "gradient" or "average"',
+            center_update,
+        )
+        super().__init__(**kwargs)
+        c_f.assert_distance_type(self, CosineSimilarity, p=2, power=1)
+        self.num_classes = num_classes
+        self.embedding_size = embedding_size
+        self.scale = scale
+        self.margin = margin
+        self.center_weight = center_weight
+        self.center_update = center_update
+        self.momentum = momentum
+        self.label_smoothing = label_smoothing
+        self.add_to_recordable_attributes(list_of_names=list(self.settings))
+        self.add_to_recordable_attributes(
+            list_of_names=["avg_center_similarity", "center_accuracy"], is_stat=True
+        )
+        centers = torch.zeros(num_classes, embedding_size)
+        self.class_counts: Tensor | None = None
+        if center_update == "gradient":
+            self.centers = torch.nn.Parameter(centers)
+            self.weight_init_func(self.centers)
+        elif self.weight_regularizer is not None:
+            raise ValueError('weight_regularizer needs center_update="gradient"')
+        else:
+            self.register_buffer("centers", centers)
+            del self.class_counts
+            self.register_buffer("class_counts", torch.zeros(num_classes, dtype=torch.long))
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: tuple[Tensor, ...] | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Tensor:
+        check_class_labels(labels, self.num_classes)
+        return super().forward(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+
+    def compute_loss(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        indices_tuple: tuple[Tensor, ...] | None,
+        ref_emb: Tensor,
+        ref_labels: Tensor,
+    ) -> dict[str, dict[str, Any]]:
+        c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
+        check_embedding_size(embeddings, self.embedding_size)
+        if len(embeddings) == 0:
+            return self.zero_losses()
+        labels = labels.long()
+        if self.training and self.center_update == "average":
+            self.update_centers(embeddings, labels)
+        losses = center_contrastive_loss(
+            embeddings,
+            self.centers,
+            labels,
+            self.scale,
+            self.margin,
+            self.center_weight,
+            self.label_smoothing,
+            seen=self.seen_classes(),
+        )
+        if self.collect_stats:
+            self.set_stats(embeddings, labels)
+        weights = lmu.convert_to_weights(indices_tuple, labels, dtype=losses.dtype)
+        loss_dict = {
+            "loss": {
+                "losses": losses * weights,
+                "indices": c_f.torch_arange_from_size(embeddings),
+                "reduction_type": "element",
+            }
+        }
+        self.add_weight_regularization_to_loss_dict(loss_dict, self.centers)
+        return loss_dict
+
+    @torch.no_grad()
+    def update_centers(self, embeddings: Tensor, labels: Tensor) -> None:
+        """Move the centers of the batch's classes, as "average" mode does at each forward."""
+        unit = torch.nn.functional.normalize(embeddings.to(self.centers.dtype))
+        self.centers[labels], self.class_counts[labels] = moving_class_means(
+            self.centers, self.class_counts, unit, labels, self.momentum, normalize=True
+        )
+
+    def seen_classes(self) -> Tensor | None:
+        """(C,) bool, which classes have a center yet; None if all have."""
+        return None if self.class_counts is None else self.class_counts > 0
+
+    def get_logits(self, embeddings: Tensor) -> Tensor:
+        """(N, C) logits without margin: the scaled cosine similarities; -inf for unseen classes."""
+        logits = self.scale * pairwise_cosine(embeddings, self.centers)
+        seen = self.seen_classes()
+        return logits if seen is None else logits.masked_fill(~seen, float("-inf"))
+
+    @torch.no_grad()
+    def set_stats(self, embeddings: Tensor, labels: Tensor) -> None:
+        logits = self.get_logits(embeddings)
+        own = logits.gather(1, labels[:, None]).squeeze(1)
+        self.avg_center_similarity = own.mean().item() / self.scale
+        self.center_accuracy = (logits.argmax(1) == labels).float().mean().item()
+
+    def get_default_distance(self) -> CosineSimilarity:
+        return CosineSimilarity()

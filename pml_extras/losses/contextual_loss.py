@@ -1,0 +1,215 @@
+"""Contextual loss (arXiv 2210.01908)."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from pytorch_metric_learning.distances import CosineSimilarity
+from pytorch_metric_learning.losses import BaseMetricLossFunction
+from pytorch_metric_learning.utils import common_functions as c_f
+from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
+from torch import Tensor
+
+from .._component import ShowsSettings, require
+from ..functional import (
+    contextual_loss,
+    contextual_similarity,
+    contrastive_loss,
+    mean_similarity_loss,
+    neighborhood_mask,
+    pairwise_cosine,
+)
+
+
+class ContextualLoss(ShowsSettings, BaseMetricLossFunction):
+    r"""Makes the neighbourhoods of a class agree, beside pulling its members together.
+
+    .. math:: L = \lambda L_\mathrm{context} + \beta L_\mathrm{contrast} + \gamma L_\mathrm{similarity}
+
+    - :math:`L_\mathrm{context}`: squared error of the contextual similarity, which says how far two
+      samples share neighbours, as a prediction of "same class"
+      (:func:`pml_extras.functional.contextual_loss`);
+    - :math:`L_\mathrm{contrast}`: positive pairs above ``pos_margin``, negative pairs below
+      ``neg_margin``, each a mean over the active pairs: PML's ``ContrastiveLoss``;
+    - :math:`L_\mathrm{similarity}`: squared distance of the mean similarity from its target.
+
+    Sample every class of a batch ``num_neighbors`` times or more (``MPerClassSampler``): a sample
+    with fewer positives must have strangers among its neighbours, and the loss cannot reach zero.
+    If the log shows neighbourhoods as large as the batch, the embeddings are too concentrated for
+    the slack: lower it.
+
+    Args:
+        num_neighbors: k >= 1, the sample itself included. Clamped to the batch, with a warning.
+        neighborhood_slack: eps >= 0, in units of squared distance between unit vectors.
+        contextual_weight: :math:`\lambda` >= 0.
+        contrastive_weight: :math:`\beta` >= 0; the authors' is :math:`1 - \lambda - \gamma`.
+        similarity_weight: :math:`\gamma` >= 0.
+        pos_margin, neg_margin: in [-1, 1], cosine similarities.
+        target_similarity: in [-1, 1].
+        **kwargs: PML's ``reducer``, ``embedding_regularizer``, ``collect_stats``.
+
+    Default distance: ``CosineSimilarity()``, the only one. Default reducer: ``MeanReducer``. Reducer
+    input, each an element a sample and weighted: **contextual_loss**, **contrastive_loss**,
+    **similarity_loss** (the same for all samples). Tuples from a miner choose the pairs of the
+    contrastive term; the other two need the whole batch. Statistics for the log:
+    ``avg_neighborhood_size``, ``avg_pos_context`` and ``avg_neg_context`` (mean contextual similarity
+    of positive and negative pairs) and ``avg_similarity``.
+
+    Raises:
+        ValueError: without labels, with ``ref_emb``, or for a setting out of range.
+
+    Source: arXiv 2210.01908 and its authors' code, whose settings for 256-pixel images are the
+    defaults. Unlike there, all batches give finite values: N < k, k = 1, and neighbourhoods of the
+    whole batch too.
+
+    Example:
+        >>> import torch
+        >>> from pml_extras.losses import ContextualLoss
+        >>> loss_func = ContextualLoss()
+        >>> embeddings = torch.randn(32, 8, requires_grad=True)
+        >>> labels = torch.arange(8).repeat_interleave(4)
+        >>> loss_func(embeddings, labels).backward()
+    """
+
+    settings = (
+        "num_neighbors",
+        "neighborhood_slack",
+        "contextual_weight",
+        "contrastive_weight",
+        "similarity_weight",
+        "pos_margin",
+        "neg_margin",
+        "target_similarity",
+    )
+
+    def __init__(
+        self,
+        num_neighbors: int = 4,
+        neighborhood_slack: float = 0.05,
+        contextual_weight: float = 0.4,
+        contrastive_weight: float = 0.5,
+        similarity_weight: float = 0.1,
+        pos_margin: float = 0.75,
+        neg_margin: float = 0.6,
+        target_similarity: float = 0.25,
+        **kwargs: Any,
+    ) -> None:
+        require(num_neighbors >= 1, "num_neighbors", "be at least 1", num_neighbors)
+        for name, value in {
+            "neighborhood_slack": neighborhood_slack,
+            "contextual_weight": contextual_weight,
+            "contrastive_weight": contrastive_weight,
+            "similarity_weight": similarity_weight,
+        }.items():
+            require(value >= 0, name, "not be negative", value)
+        for name, value in {
+            "pos_margin": pos_margin,
+            "neg_margin": neg_margin,
+            "target_similarity": target_similarity,
+        }.items():
+            require(-1 <= value <= 1, name, "lie in [-1, 1]", value)
+        super().__init__(**kwargs)
+        c_f.assert_distance_type(self, CosineSimilarity, p=2, power=1)
+        self.num_neighbors = num_neighbors
+        self.neighborhood_slack = neighborhood_slack
+        self.contextual_weight = contextual_weight
+        self.contrastive_weight = contrastive_weight
+        self.similarity_weight = similarity_weight
+        self.pos_margin = pos_margin
+        self.neg_margin = neg_margin
+        self.target_similarity = target_similarity
+        self.add_to_recordable_attributes(list_of_names=list(self.settings))
+        self.add_to_recordable_attributes(
+            list_of_names=[
+                "avg_neighborhood_size",
+                "avg_pos_context",
+                "avg_neg_context",
+                "avg_similarity",
+            ],
+            is_stat=True,
+        )
+        self._warned_of: set[str] = set()
+
+    def compute_loss(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        indices_tuple: tuple[Tensor, ...] | None,
+        ref_emb: Tensor,
+        ref_labels: Tensor,
+    ) -> dict[str, dict[str, Any]]:
+        c_f.labels_required(labels)
+        c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
+        if len(embeddings) == 0:
+            return self.zero_losses()
+        if len(embeddings) < self.num_neighbors:
+            self.warn_once(
+                f"num_neighbors={self.num_neighbors} is more than the batch of {len(embeddings)}"
+                " holds; all of it is taken"
+            )
+        similarities = pairwise_cosine(embeddings)
+        positives, negatives = _pair_weights(similarities, labels, indices_tuple)
+        if self.collect_stats:
+            self.set_stats(similarities, labels)
+        sub_losses = {
+            "contextual_loss": self.contextual_weight
+            * contextual_loss(similarities, labels, self.num_neighbors, self.neighborhood_slack),
+            "contrastive_loss": self.contrastive_weight
+            * contrastive_loss(
+                similarities, positives, negatives, self.pos_margin, self.neg_margin
+            ),
+            "similarity_loss": self.similarity_weight
+            * mean_similarity_loss(embeddings, self.target_similarity).expand(len(embeddings)),
+        }
+        return {
+            name: {
+                "losses": losses,
+                "indices": c_f.torch_arange_from_size(embeddings),
+                "reduction_type": "element",
+            }
+            for name, losses in sub_losses.items()
+        }
+
+    def warn_once(self, message: str) -> None:
+        if "clamped" not in self._warned_of:
+            self._warned_of.add("clamped")
+            warnings.warn(message, stacklevel=2)
+
+    @torch.no_grad()
+    def set_stats(self, similarities: Tensor, labels: Tensor) -> None:
+        k, slack = self.num_neighbors, self.neighborhood_slack
+        context = contextual_similarity(similarities, k, slack)
+        near = neighborhood_mask((2 - 2 * similarities).clamp_min(0), k, slack)
+        positives, negatives = lmu.get_matches_and_diffs(labels)
+        self.avg_neighborhood_size = near.sum(1).float().mean().item()
+        self.avg_pos_context = _mean_where(positives.bool(), context)
+        self.avg_neg_context = _mean_where(negatives.bool(), context)
+        self.avg_similarity = similarities.mean().item()
+
+    def get_default_distance(self) -> CosineSimilarity:
+        return CosineSimilarity()
+
+    def _sub_loss_names(self) -> list[str]:
+        return ["contextual_loss", "contrastive_loss", "similarity_loss"]
+
+
+def _pair_weights(
+    similarities: Tensor, labels: Tensor, indices_tuple: tuple[Tensor, ...] | None
+) -> tuple[Tensor, Tensor]:
+    """(N, N) twice: how many times each pair is to count as a positive, and as a negative, one."""
+    if indices_tuple is None:
+        positives, negatives = lmu.get_matches_and_diffs(labels)
+        return positives, negatives
+    a1, p, a2, n = lmu.convert_to_pairs(indices_tuple, labels)
+
+    def count(anchors: Tensor, others: Tensor) -> Tensor:
+        ones = similarities.new_ones(len(anchors))
+        return torch.zeros_like(similarities).index_put_((anchors, others), ones, accumulate=True)
+
+    return count(a1, p), count(a2, n)
+
+
+def _mean_where(mask: Tensor, values: Tensor) -> float:
+    return (torch.where(mask, values, 0).sum() / mask.sum().clamp_min(1)).item()
