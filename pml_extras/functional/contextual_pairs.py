@@ -23,9 +23,7 @@ class ClassVote(NamedTuple):
     """Bool: no other class has a larger share."""
 
 
-def class_vote(
-    context: Tensor, labels: Tensor, ref_labels: Tensor, excluded: Tensor
-) -> ClassVote:
+def class_vote(context: Tensor, labels: Tensor, ref_labels: Tensor, excluded: Tensor) -> ClassVote:
     """Let the references vote on each sample's label, weighted by contextual similarity.
 
     Args:

@@ -123,17 +123,16 @@ class CenterContrastiveLoss(ShowsSettings, WeightRegularizerMixin, BaseMetricLos
         self.add_to_recordable_attributes(
             list_of_names=["avg_center_similarity", "center_accuracy"], is_stat=True
         )
-        centers = torch.zeros(num_classes, embedding_size)
-        self.class_counts: Tensor | None = None
+        centers, counts = torch.zeros(num_classes, embedding_size), None
         if center_update == "gradient":
             self.centers = torch.nn.Parameter(centers)
             self.weight_init_func(self.centers)
-        elif self.weight_regularizer is not None:
-            raise ValueError('weight_regularizer needs center_update="gradient"')
-        else:
+        elif self.weight_regularizer is None:
             self.register_buffer("centers", centers)
-            del self.class_counts
-            self.register_buffer("class_counts", torch.zeros(num_classes, dtype=torch.long))
+            counts = torch.zeros(num_classes, dtype=torch.long)
+        else:
+            raise ValueError('weight_regularizer needs center_update="gradient"')
+        self.register_buffer("class_counts", counts)
 
     def forward(
         self,

@@ -130,7 +130,7 @@ class ContextualLoss(ShowsSettings, BaseMetricLossFunction):
             ],
             is_stat=True,
         )
-        self._warned_of: set[str] = set()
+        self._seen_batch = self._warned_of_clamping = False
 
     def compute_loss(
         self,
@@ -144,11 +144,7 @@ class ContextualLoss(ShowsSettings, BaseMetricLossFunction):
         c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
         if len(embeddings) == 0:
             return self.zero_losses()
-        if len(embeddings) < self.num_neighbors:
-            self.warn_once(
-                f"num_neighbors={self.num_neighbors} is more than the batch of {len(embeddings)}"
-                " holds; all of it is taken"
-            )
+        self.check_batch(labels)
         similarities = pairwise_cosine(embeddings)
         positives, negatives = _pair_weights(similarities, labels, indices_tuple)
         if self.collect_stats:
@@ -172,10 +168,23 @@ class ContextualLoss(ShowsSettings, BaseMetricLossFunction):
             for name, losses in sub_losses.items()
         }
 
-    def warn_once(self, message: str) -> None:
-        if "clamped" not in self._warned_of:
-            self._warned_of.add("clamped")
-            warnings.warn(message, stacklevel=2)
+    def check_batch(self, labels: Tensor) -> None:
+        """Warn, once, of batches that the number of neighbours does not suit."""
+        k = self.num_neighbors
+        if len(labels) < k and not self._warned_of_clamping:
+            self._warned_of_clamping = True
+            warnings.warn(
+                f"num_neighbors={k} is clamped: the batch holds {len(labels)}", stacklevel=2
+            )
+        elif not self._seen_batch:  # once, because on a GPU the host waits for the answer
+            largest_class = int(labels.unique(return_counts=True)[1].max())
+            if largest_class < k:
+                warnings.warn(
+                    f"num_neighbors={k} is more than the {largest_class} samples that a class has"
+                    " in this batch: strangers must be among the neighbours",
+                    stacklevel=2,
+                )
+        self._seen_batch = True
 
     @torch.no_grad()
     def set_stats(self, similarities: Tensor, labels: Tensor) -> None:

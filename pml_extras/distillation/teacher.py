@@ -1,0 +1,176 @@
+"""Teachers for self-distillation: earlier selves of the network in training."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from .._component import require
+
+
+class Teacher:
+    """Embeds, with an earlier self of the network, whatever the network has just embedded.
+
+    Losses receive embeddings, and a teacher needs the inputs. So it watches the trunk: each forward
+    pass with gradients enabled is remembered until the loss asks for the teacher's embeddings of
+    the same inputs. Passes without gradients (testers, batch miners) go unnoticed.
+
+    A teacher is deliberately not a module: trainers would set it to train mode, and it would join
+    the parameters and the checkpoint. It belongs to the one trunk it watches, so copies of a loss
+    share it, and a copy of the trunk is not watched.
+
+    Args:
+        trunk: the network in training, on its device already.
+        embedder: what comes after the trunk, if it is separate.
+
+    Attributes:
+        network: the earlier self, in eval mode, without gradients.
+    """
+
+    def __init__(self, trunk: torch.nn.Module, embedder: torch.nn.Module | None = None) -> None:
+        self._trunk = trunk
+        self._student = torch.nn.Sequential(trunk, embedder or torch.nn.Identity())
+        self.network = self._earlier_self().eval().requires_grad_(False)
+        self._batch: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        # Only now: a copy made with the hook in place would have a teacher of its own.
+        self._hook = trunk.register_forward_pre_hook(self._before_trunk, with_kwargs=True)
+
+    def _earlier_self(self) -> torch.nn.Module:
+        return copy.deepcopy(self._student)
+
+    def _before_trunk(
+        self, trunk: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if trunk is self._trunk and torch.is_grad_enabled():
+            self.before_training_pass()
+            self._batch = args, kwargs
+
+    def before_training_pass(self) -> None:
+        """Called before each pass of the network that is trained on."""
+
+    def end_epoch(self) -> None:
+        """Called at the end of each epoch."""
+
+    @torch.no_grad()
+    def embed(self, num_samples: int) -> Tensor:
+        """The teacher's embeddings, (N, D), of the inputs of the network's latest training pass.
+
+        Raises:
+            RuntimeError: if there was no such pass since the last call, or it was of another number
+                of samples.
+        """
+        if self._batch is None:
+            raise RuntimeError(
+                "the teacher has seen no batch: the embeddings must come from a forward pass, with"
+                " gradients enabled, of the trunk it was made with"
+            )
+        args, kwargs = self._batch
+        self.forget()
+        trunk, embedder = self._layers()
+        embeddings: Tensor = embedder(trunk(*args, **kwargs))
+        if len(embeddings) != num_samples:
+            raise RuntimeError(
+                f"the trunk's latest pass was of {len(embeddings)} samples, but the loss has"
+                f" {num_samples} embeddings"
+            )
+        return embeddings
+
+    def forget(self) -> None:
+        """Let go of the batch remembered."""
+        self._batch = None
+
+    def remove(self) -> None:
+        """Stop watching the trunk."""
+        self._hook.remove()
+        self.forget()
+
+    def _layers(self) -> tuple[torch.nn.Module, torch.nn.Module]:
+        trunk, embedder = self.network
+        return trunk, embedder
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on exactly."""
+        return {"network": self.network.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.network.load_state_dict(state["network"])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
+        return self
+
+
+class SnapshotTeacher(Teacher):
+    """The network as it stood at the end of the last epoch: the teacher of arXiv 2206.08880.
+
+    At the end of an epoch, where PML saves, teacher and network are equal; so there its state_dict
+    holds no weights, and after loading it the teacher is taken from the network again.
+
+    Example:
+        >>> import torch
+        >>> trunk = torch.nn.Linear(4, 2)
+        >>> teacher = SnapshotTeacher(trunk)
+        >>> embeddings = trunk(torch.randn(8, 4))
+        >>> bool((teacher.embed(8) == embeddings).all())
+        True
+    """
+
+    _equal = True  # whether the network still is as the teacher
+    _to_take = False  # whether the snapshot is to be taken before the next training pass
+
+    def before_training_pass(self) -> None:
+        if self._to_take:
+            self.end_epoch()
+        self._equal = False
+
+    def end_epoch(self) -> None:
+        self.network.load_state_dict(self._student.state_dict())
+        self._equal, self._to_take = True, False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._equal else super().state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        # Not at once: the network's own weights may be loaded after ours.
+        self._to_take = self._equal = not state
+        if state:
+            super().load_state_dict(state)
+
+
+class EMATeacher(Teacher):
+    """The exponential moving average of the network's weights, taken at each training pass. Ours.
+
+    Args:
+        trunk: the network in training, on its device already.
+        embedder: what comes after the trunk, if it is separate.
+        decay: in [0, 1), how much of the average is kept at each step.
+
+    Buffers, such as batch normalisation's statistics, are the network's latest.
+
+    Example:
+        >>> import torch
+        >>> trunk = torch.nn.Linear(4, 2)
+        >>> teacher = EMATeacher(trunk, decay=0.99)
+        >>> trunk(torch.randn(8, 4)).shape == teacher.embed(8).shape
+        True
+    """
+
+    def __init__(
+        self, trunk: torch.nn.Module, embedder: torch.nn.Module | None = None, decay: float = 0.999
+    ) -> None:
+        require(0 <= decay < 1, "decay", "lie in [0, 1)", decay)
+        self.decay = decay
+        super().__init__(trunk, embedder)
+
+    def _earlier_self(self) -> AveragedModel:
+        return AveragedModel(self._student, multi_avg_fn=get_ema_multi_avg_fn(self.decay))
+
+    def _layers(self) -> tuple[torch.nn.Module, torch.nn.Module]:
+        trunk, embedder = self.network.module
+        return trunk, embedder
+
+    def before_training_pass(self) -> None:
+        self.network.update_parameters(self._student)

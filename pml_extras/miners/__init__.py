@@ -1,0 +1,5 @@
+"""Miners, used as PML's own."""
+
+from .contextual_similarity_miner import ContextualSimilarityMiner
+
+__all__ = ["ContextualSimilarityMiner"]

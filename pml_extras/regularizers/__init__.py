@@ -1,0 +1,5 @@
+"""Regularizers of embeddings."""
+
+from .class_interference_regularizer import ClassInterferenceRegularizer
+
+__all__ = ["ClassInterferenceRegularizer"]

@@ -1,0 +1,199 @@
+"""Class Interference Regularization (arXiv 2009.02396)."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from pytorch_metric_learning.regularizers import BaseRegularizer
+from torch import Tensor
+from torch.nn.functional import normalize as unit
+
+from .._component import ShowsSettings, check_class_labels, check_embedding_size, require
+from ..functional import class_interference, moving_class_means
+
+
+class ClassInterferenceRegularizer(ShowsSettings, BaseRegularizer):
+    r"""Moves training embeddings towards other classes' means before a loss sees them.
+
+    .. math:: e_i' = e_i + b_i\,\sigma\,(m_{n_i} - e_i), \qquad b_i \sim \mathrm{Bernoulli}(p),
+        \quad n_i \sim \mathrm{Uniform}\{c \ne y_i : c \text{ has been seen}\}
+
+    drawn independently for each embedding. Afterwards the clean embeddings update the class means:
+    :math:`m_c \leftarrow \beta m_c + (1 - \beta)\,\text{batch mean}`.
+
+    Changing embeddings needs labels, and PML's ``embedding_regularizer`` slot gives none, so attach
+    the regularizer to the loss instead. The loss keeps its type and goes on working in trainers and
+    wrappers, and the class means travel in its state_dict. Attach to the loss itself rather than to
+    a wrapper around it, so that references and memory banks stay clean.
+
+    In eval mode nothing is changed or learnt.
+
+    Args:
+        num_classes: C >= 2; labels lie in [0, C).
+        embedding_size: D.
+        strength: :math:`\sigma` in [0, 0.5). Below 0.5 an embedding at its class's mean stays closer
+            to it than to the other one.
+        probability: p in [0, 1].
+        momentum: :math:`\beta` in [0, 1], how much of a mean is kept at each batch of its class.
+        normalize: normalise the embeddings before and after, for losses on cosine similarity.
+        random_strength: draw each embedding's strength from U(0, ``strength``).
+        generator: a ``torch.Generator`` for the draws, whose state joins the state_dict. Default:
+            torch's global generator.
+        **kwargs: PML's ``collect_stats``. Statistics for the log: ``avg_shift`` (mean distance the
+            embeddings were moved) and ``num_seen_classes``.
+
+    Attributes:
+        class_means: (C, D) float32.
+        class_counts: (C,) int64, how many embeddings each class has had; 0: not seen.
+
+    Raises:
+        ValueError: for a label outside [0, C) (labels on a GPU are left to its own check),
+            embeddings of another size, or a setting out of range.
+        TypeError: when used in a regularizer slot, or attached to a wrapper.
+
+    Source: the abstract of arXiv 2009.02396, "randomly moving them towards the average embeddings
+    of the negative classes". The body was not available to us: the equation, the moving averages
+    and all defaults are ours.
+
+    Example:
+        >>> import torch
+        >>> from pytorch_metric_learning.losses import TripletMarginLoss
+        >>> from pml_extras.regularizers import ClassInterferenceRegularizer
+        >>> loss_func = ClassInterferenceRegularizer(10, 8, strength=0.2).attach(TripletMarginLoss())
+        >>> loss = loss_func(torch.randn(32, 8), torch.randint(10, (32,)))
+    """
+
+    settings = (
+        "num_classes",
+        "embedding_size",
+        "strength",
+        "probability",
+        "momentum",
+        "normalize",
+        "random_strength",
+    )
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        strength: float = 0.1,
+        probability: float = 1.0,
+        momentum: float = 0.9,
+        normalize: bool = True,
+        random_strength: bool = False,
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
+    ) -> None:
+        require(num_classes >= 2, "num_classes", "be at least 2", num_classes)
+        require(embedding_size >= 1, "embedding_size", "be at least 1", embedding_size)
+        require(0 <= strength < 0.5, "strength", "lie in [0, 0.5)", strength)
+        require(0 <= probability <= 1, "probability", "lie in [0, 1]", probability)
+        require(0 <= momentum <= 1, "momentum", "lie in [0, 1]", momentum)
+        super().__init__(**kwargs)
+        self.num_classes = num_classes
+        self.embedding_size = embedding_size
+        self.strength = strength
+        self.probability = probability
+        self.momentum = momentum
+        self.normalize = normalize
+        self.random_strength = random_strength
+        self.generator = generator
+        self.add_to_recordable_attributes(list_of_names=list(self.settings))
+        self.add_to_recordable_attributes(
+            list_of_names=["avg_shift", "num_seen_classes"], is_stat=True
+        )
+        self.register_buffer("class_means", torch.zeros(num_classes, embedding_size))
+        self.register_buffer("class_counts", torch.zeros(num_classes, dtype=torch.long))
+
+    def interfere(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The embeddings, (N, D), as the loss is to see them; in training, learns from them too."""
+        if not self.training:
+            return embeddings
+        self.reset_stats()
+        check_class_labels(labels, self.num_classes)
+        check_embedding_size(embeddings, self.embedding_size)
+        if labels.shape != embeddings.shape[:1]:
+            raise ValueError(
+                f"labels must have shape ({len(embeddings)},), got {tuple(labels.shape)}"
+            )
+        if len(embeddings) == 0:
+            return embeddings
+        labels = labels.to(embeddings.device, torch.long)
+        interfered = class_interference(
+            embeddings,
+            labels,
+            self.class_means,
+            self.class_counts,
+            self.strength,
+            self.probability,
+            self.normalize,
+            self.random_strength,
+            self.generator,
+        ).to(embeddings.dtype)
+        self.update_class_means(embeddings, labels)
+        if self.collect_stats:
+            self.set_stats(embeddings, interfered)
+        return interfered
+
+    def attach(self, loss: torch.nn.Module) -> torch.nn.Module:
+        """Interfere with the embeddings of every call of ``loss`` from now on; returns ``loss``."""
+        if isinstance(getattr(loss, "loss", None), torch.nn.Module):
+            raise TypeError(
+                f"{type(loss).__name__} wraps a loss: attach to that, its .loss, so that the"
+                " references stay clean"
+            )
+        if isinstance(getattr(loss, "class_interference", None), ClassInterferenceRegularizer):
+            raise ValueError(f"{type(loss).__name__} has a class interference attached already")
+        loss.class_interference = self
+        loss.register_forward_pre_hook(self._before_loss, with_kwargs=True)
+        return loss
+
+    def detach(self, loss: torch.nn.Module) -> torch.nn.Module:
+        """Undo :meth:`attach`; returns ``loss``."""
+        if getattr(loss, "class_interference", None) is not self:
+            raise ValueError(f"this regularizer is not attached to that {type(loss).__name__}")
+        del loss.class_interference
+        # Found by equality, because a deep copy of the loss has no use for the original's handle.
+        for key, hook in list(loss._forward_pre_hooks.items()):
+            if hook == self._before_loss:
+                del loss._forward_pre_hooks[key]
+                loss._forward_pre_hooks_with_kwargs.pop(key, None)
+        return loss
+
+    def _before_loss(
+        self, loss: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        names = ("embeddings", "labels")  # the first two arguments of every PML loss
+        kwargs = dict(zip(names, args, strict=False)) | kwargs
+        kwargs["embeddings"] = self.interfere(kwargs["embeddings"], kwargs.get("labels"))
+        positional = tuple(kwargs.pop(name) for name in names[: len(args)])
+        return (*positional, *args[2:]), kwargs
+
+    @torch.no_grad()
+    def update_class_means(self, embeddings: Tensor, labels: Tensor) -> None:
+        if self.normalize:
+            embeddings = unit(embeddings.to(self.class_means.dtype))
+        self.class_means[labels], self.class_counts[labels] = moving_class_means(
+            self.class_means, self.class_counts, embeddings, labels, self.momentum
+        )
+
+    @torch.no_grad()
+    def set_stats(self, embeddings: Tensor, interfered: Tensor) -> None:
+        clean = unit(embeddings) if self.normalize else embeddings
+        self.avg_shift = (interfered - clean).norm(dim=1).mean().item()
+        self.num_seen_classes = int((self.class_counts > 0).sum())
+
+    def compute_loss(self, embeddings: Tensor) -> NoReturn:
+        raise TypeError(
+            "ClassInterferenceRegularizer changes embeddings, which a regularizer slot cannot:"
+            " call regularizer.attach(loss) instead"
+        )
+
+    def get_extra_state(self) -> Tensor | None:
+        return None if self.generator is None else self.generator.get_state()
+
+    def set_extra_state(self, state: Tensor | None) -> None:
+        if self.generator is not None and state is not None:
+            self.generator.set_state(state.cpu())
