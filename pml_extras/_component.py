@@ -22,18 +22,18 @@ def require(condition: bool, name: str, wanted: str, value: Any) -> None:
         raise ValueError(f"{name} must {wanted}, got {value!r}")
 
 
-def check_class_labels(labels: torch.Tensor | None, num_classes: int) -> None:
-    """Check that labels are class numbers, where that costs nothing: before they go to a GPU.
+def check_class_labels(labels: torch.Tensor | None, num_classes: int) -> torch.Tensor:
+    """Check that labels are class numbers, and return them.
 
-    Labels that lie on a GPU already are left to its own bounds check, because looking at them would
-    make the host wait at each step.
+    Call it before labels go to a GPU. Those that lie on one already are left to its own bounds
+    check, because looking at them would make the host wait at each step.
     """
     if labels is None:
         raise ValueError("labels are required")
     if labels.is_floating_point() or labels.is_complex():
         raise ValueError(f"labels must be integers, got {labels.dtype}")
     if labels.device.type != "cpu":
-        return
+        return labels
     wide = labels.long()
     wrong = ((wide < 0) | (wide >= num_classes)).flatten().nonzero()
     if len(wrong) > 0:
@@ -42,6 +42,7 @@ def check_class_labels(labels: torch.Tensor | None, num_classes: int) -> None:
             f"labels must lie in [0, {num_classes}), got {int(wide.flatten()[index])}"
             f" at index {index}"
         )
+    return labels
 
 
 def check_embedding_size(embeddings: torch.Tensor, embedding_size: int) -> None:

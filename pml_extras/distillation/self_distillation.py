@@ -23,13 +23,13 @@ class SelfDistillation(ShowsSettings, BaseLossWrapper, ModuleWithRecords):
     in epoch t = 0, 1, ..., with :class:`pml_extras.losses.ListwiseDistillationLoss` as the second
     term. In epoch 0, where its weight is 0, the teacher is not asked.
 
-    In PML's trainers, pass ``end_of_epoch_hook(your_hook)`` as the trainer's hook. In a loop of your
-    own, call :meth:`end_epoch` at the end of each epoch.
+    In PML's trainers, pass ``end_of_epoch_hook(your_hook)`` as the trainer's hook. In a loop of
+    your own, call :meth:`end_epoch` at the end of each epoch.
 
     Args:
-        loss: any loss called as PML's: also CrossBatchMemory, DistributedLossWrapper, MultipleLosses.
-        teacher: a :class:`SnapshotTeacher` or :class:`EMATeacher` of the network in training.
-        num_epochs: T >= 1. From epoch T on, the weight stays at alpha.
+        loss: any loss called as PML's: also CrossBatchMemory, DistributedLossWrapper,
+        MultipleLosses. teacher: a :class:`SnapshotTeacher` or :class:`EMATeacher` of the network in
+        training. num_epochs: T >= 1. From epoch T on, the weight stays at alpha.
         alpha: >= 0. The authors use 50 to 200, and up to 1000 in later work.
         temperature: > 0, in units of cosine similarity.
         **kwargs: PML's ``collect_stats``. Statistics for the log: ``base_loss``,

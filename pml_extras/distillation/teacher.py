@@ -34,13 +34,10 @@ class Teacher:
     def __init__(self, trunk: torch.nn.Module, embedder: torch.nn.Module | None = None) -> None:
         self._trunk = trunk
         self._student = torch.nn.Sequential(trunk, embedder or torch.nn.Identity())
-        self.network = self._earlier_self().eval().requires_grad_(False)
+        self.network: torch.nn.Module = copy.deepcopy(self._student).eval().requires_grad_(False)
         self._batch: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         # Only now: a copy made with the hook in place would have a teacher of its own.
         self._hook = trunk.register_forward_pre_hook(self._before_trunk, with_kwargs=True)
-
-    def _earlier_self(self) -> torch.nn.Module:
-        return copy.deepcopy(self._student)
 
     def _before_trunk(
         self, trunk: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -70,7 +67,7 @@ class Teacher:
             )
         args, kwargs = self._batch
         self.forget()
-        trunk, embedder = self._layers()
+        trunk, embedder = self.network.children()
         embeddings: Tensor = embedder(trunk(*args, **kwargs))
         if len(embeddings) != num_samples:
             raise RuntimeError(
@@ -87,10 +84,6 @@ class Teacher:
         """Stop watching the trunk."""
         self._hook.remove()
         self.forget()
-
-    def _layers(self) -> tuple[torch.nn.Module, torch.nn.Module]:
-        trunk, embedder = self.network
-        return trunk, embedder
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on exactly."""
@@ -162,15 +155,16 @@ class EMATeacher(Teacher):
         self, trunk: torch.nn.Module, embedder: torch.nn.Module | None = None, decay: float = 0.999
     ) -> None:
         require(0 <= decay < 1, "decay", "lie in [0, 1)", decay)
-        self.decay = decay
         super().__init__(trunk, embedder)
-
-    def _earlier_self(self) -> AveragedModel:
-        return AveragedModel(self._student, multi_avg_fn=get_ema_multi_avg_fn(self.decay))
-
-    def _layers(self) -> tuple[torch.nn.Module, torch.nn.Module]:
-        trunk, embedder = self.network.module
-        return trunk, embedder
+        average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        self._average = AveragedModel(self.network, multi_avg_fn=average)
+        self.network = self._average.module
 
     def before_training_pass(self) -> None:
-        self.network.update_parameters(self._student)
+        self._average.update_parameters(self._student)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"average": self._average.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._average.load_state_dict(state["average"])

@@ -13,7 +13,8 @@ T = TypeVar("T")
 
 
 def full_precision(function: Callable[P, T]) -> Callable[P, T]:
-    """Run ``function`` with floating tensors in their widest type, at least float32, and no autocast.
+    """Run ``function`` with floating tensors in their widest type, at least float32, and no
+    autocast.
 
     Counts, thresholds and exponentials are wrong in bfloat16 and overflow in float16, and autocast
     would quietly bring them back inside the function.
@@ -35,8 +36,8 @@ def full_precision(function: Callable[P, T]) -> Callable[P, T]:
 
         with torch.autocast(tensors[0].device.type, enabled=False):
             return function(
-                *(widen(x) for x in args),  # type: ignore[arg-type]
-                **{name: widen(x) for name, x in kwargs.items()},  # type: ignore[arg-type]
+                *(widen(x) for x in args),
+                **{name: widen(x) for name, x in kwargs.items()},
             )
 
     return wrapper

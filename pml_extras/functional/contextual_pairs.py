@@ -39,7 +39,7 @@ def class_vote(context: Tensor, labels: Tensor, ref_labels: Tensor, excluded: Te
         >>> class_vote(context, labels, labels, torch.eye(3, dtype=torch.bool))
         ClassVote(share=tensor([0.7500, 1.0000, 0.0000]), trusted=tensor([ True,  True, False]))
     """
-    classes = torch.cat([labels, ref_labels]).unique()
+    classes = torch.unique(torch.cat([labels, ref_labels]))
     ref_class = torch.searchsorted(classes, ref_labels)
     own_class = torch.searchsorted(classes, labels)[:, None]
     votes = context.new_zeros(len(context), len(classes))
@@ -136,4 +136,6 @@ def contextual_pairs(
         & (context > context.masked_fill(~positives, inf).amin(1, keepdim=True) - margin)
         & (in_context | (distances < distances.masked_fill(~positives, -inf).amax(1, keepdim=True)))
     )
-    return (*hard_positives.nonzero(as_tuple=True), *hard_negatives.nonzero(as_tuple=True))
+    a1, p = hard_positives.nonzero(as_tuple=True)
+    a2, n = hard_negatives.nonzero(as_tuple=True)
+    return a1, p, a2, n

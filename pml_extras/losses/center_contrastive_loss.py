@@ -29,8 +29,8 @@ class CenterContrastiveLoss(ShowsSettings, WeightRegularizerMixin, BaseMetricLos
       Use no weight decay: the loss does not see the centers' lengths, so decay only shrinks them
       and speeds their turning up.
     - ``center_update="average"``: ``centers`` is a buffer, and before each comparison a class's
-      center becomes the normalised moving average of its embeddings. No optimizer is needed. A class
-      takes part once it has been seen. In eval mode the bank stands still.
+      center becomes the normalised moving average of its embeddings. No optimizer is needed. A
+      class takes part once it has been seen. In eval mode the bank stands still.
 
     Args:
         num_classes: C >= 1; labels lie in [0, C).
@@ -39,8 +39,8 @@ class CenterContrastiveLoss(ShowsSettings, WeightRegularizerMixin, BaseMetricLos
         margin: m >= 0, in units of cosine similarity.
         center_weight: :math:`\lambda` >= 0.
         center_update: "gradient" or "average".
-        momentum: in [0, 1], how much of a center the "average" mode keeps at each batch of its class.
-        label_smoothing: in [0, 1), the share of the target that goes to all classes alike.
+        momentum: in [0, 1], how much of a center the "average" mode keeps at each batch of its
+        class. label_smoothing: in [0, 1), the share of the target that goes to all classes alike.
         **kwargs: PML's ``reducer``, ``embedding_regularizer``, ``weight_regularizer`` (on the
             centers, "gradient" mode only), ``weight_init_func``, ``collect_stats``. For class
             weights use PML's ``ClassWeightedReducer``.
@@ -49,17 +49,17 @@ class CenterContrastiveLoss(ShowsSettings, WeightRegularizerMixin, BaseMetricLos
         centers: (C, D), of any length; only their directions count.
         class_counts: (C,) int64, in "average" mode: how many embeddings each class has had.
 
-    Default distance: ``CosineSimilarity()``, the only one. Default reducer: ``MeanReducer``. Reducer
-    input: **loss**, an element a sample. Tuples from a miner weight the samples. Statistics for
-    the log: ``avg_center_similarity`` (to the own center) and ``center_accuracy`` (share of samples
-    nearest to their own center).
+    Default distance: ``CosineSimilarity()``, the only one. Default reducer: ``MeanReducer``.
+    Reducer input: **loss**, an element a sample. Tuples from a miner weight the samples. Statistics
+    for the log: ``avg_center_similarity`` (to the own center) and ``center_accuracy`` (share of
+    samples nearest to their own center).
 
     Raises:
         ValueError: for a label outside [0, C) (labels on a GPU are left to its own check),
             embeddings of another size, ``ref_emb``, or a setting out of range.
 
-    Source: arXiv 2308.00458, whose body was not available to us. The equation is its Equation (5) as
-    three independent re-implementations state it, plus a constant; the defaults of s, m and
+    Source: arXiv 2308.00458, whose body was not available to us. The equation is its Equation (5)
+    as three independent re-implementations state it, plus a constant; the defaults of s, m and
     :math:`\lambda` are inferred from those too. Of the two readings of "updated in real time",
     "gradient" is theirs. Label smoothing is ours.
 
@@ -83,6 +83,9 @@ class CenterContrastiveLoss(ShowsSettings, WeightRegularizerMixin, BaseMetricLos
         "momentum",
         "label_smoothing",
     )
+
+    centers: Tensor
+    class_counts: Tensor
 
     def __init__(
         self,
@@ -123,16 +126,15 @@ class CenterContrastiveLoss(ShowsSettings, WeightRegularizerMixin, BaseMetricLos
         self.add_to_recordable_attributes(
             list_of_names=["avg_center_similarity", "center_accuracy"], is_stat=True
         )
-        centers, counts = torch.zeros(num_classes, embedding_size), None
+        centers = torch.zeros(num_classes, embedding_size)
         if center_update == "gradient":
             self.centers = torch.nn.Parameter(centers)
             self.weight_init_func(self.centers)
         elif self.weight_regularizer is None:
             self.register_buffer("centers", centers)
-            counts = torch.zeros(num_classes, dtype=torch.long)
+            self.register_buffer("class_counts", torch.zeros(num_classes, dtype=torch.long))
         else:
             raise ValueError('weight_regularizer needs center_update="gradient"')
-        self.register_buffer("class_counts", counts)
 
     def forward(
         self,
@@ -193,7 +195,7 @@ class CenterContrastiveLoss(ShowsSettings, WeightRegularizerMixin, BaseMetricLos
 
     def seen_classes(self) -> Tensor | None:
         """(C,) bool, which classes have a center yet; None if all have."""
-        return None if self.class_counts is None else self.class_counts > 0
+        return self.class_counts > 0 if self.center_update == "average" else None
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """(N, C) logits without margin: the scaled cosine similarities; -inf for unseen classes."""

@@ -26,7 +26,8 @@ from ..functional import (
 class ContextualLoss(ShowsSettings, BaseMetricLossFunction):
     r"""Makes the neighbourhoods of a class agree, beside pulling its members together.
 
-    .. math:: L = \lambda L_\mathrm{context} + \beta L_\mathrm{contrast} + \gamma L_\mathrm{similarity}
+    .. math:: L = \lambda L_\mathrm{context} + \beta L_\mathrm{contrast}
+        + \gamma L_\mathrm{similarity}
 
     - :math:`L_\mathrm{context}`: squared error of the contextual similarity, which says how far two
       samples share neighbours, as a prediction of "same class"
@@ -50,12 +51,12 @@ class ContextualLoss(ShowsSettings, BaseMetricLossFunction):
         target_similarity: in [-1, 1].
         **kwargs: PML's ``reducer``, ``embedding_regularizer``, ``collect_stats``.
 
-    Default distance: ``CosineSimilarity()``, the only one. Default reducer: ``MeanReducer``. Reducer
-    input, each an element a sample and weighted: **contextual_loss**, **contrastive_loss**,
+    Default distance: ``CosineSimilarity()``, the only one. Default reducer: ``MeanReducer``.
+    Reducer input, each an element a sample and weighted: **contextual_loss**, **contrastive_loss**,
     **similarity_loss** (the same for all samples). Tuples from a miner choose the pairs of the
     contrastive term; the other two need the whole batch. Statistics for the log:
-    ``avg_neighborhood_size``, ``avg_pos_context`` and ``avg_neg_context`` (mean contextual similarity
-    of positive and negative pairs) and ``avg_similarity``.
+    ``avg_neighborhood_size``, ``avg_pos_context`` and ``avg_neg_context`` (mean contextual
+    similarity of positive and negative pairs) and ``avg_similarity``.
 
     Raises:
         ValueError: without labels, with ``ref_emb``, or for a setting out of range.
@@ -177,7 +178,7 @@ class ContextualLoss(ShowsSettings, BaseMetricLossFunction):
                 f"num_neighbors={k} is clamped: the batch holds {len(labels)}", stacklevel=2
             )
         elif not self._seen_batch:  # once, because on a GPU the host waits for the answer
-            largest_class = int(labels.unique(return_counts=True)[1].max())
+            largest_class = int(torch.unique(labels, return_counts=True)[1].max())
             if largest_class < k:
                 warnings.warn(
                     f"num_neighbors={k} is more than the {largest_class} samples that a class has"

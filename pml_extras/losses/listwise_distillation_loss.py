@@ -28,9 +28,9 @@ class ListwiseDistillationLoss(ShowsSettings, BaseMetricLossFunction):
         include_self: whether each sample is in its own list. Leaving it out is ours.
         **kwargs: PML's ``reducer``, ``embedding_regularizer``, ``collect_stats``.
 
-    Default distance: ``CosineSimilarity()``, the only one. Default reducer: ``MeanReducer``. Reducer
-    input: **loss**, an element a sample. The teacher's embeddings may have another size and get no
-    gradient.
+    Default distance: ``CosineSimilarity()``, the only one. Default reducer: ``MeanReducer``.
+    Reducer input: **loss**, an element a sample. The teacher's embeddings may have another size and
+    get no gradient.
 
     Raises:
         ValueError: without ``ref_emb``, with another number of rows in it, with an

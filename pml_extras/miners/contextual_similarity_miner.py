@@ -19,9 +19,9 @@ class ContextualSimilarityMiner(ShowsSettings, BaseMiner):
 
     Contextual similarity S says how far two samples share neighbours. A positive pair is hard if it
     shares less context than the anchor does with some negative, give or take the margin; a negative
-    pair the other way round. The neighbours also vote on each sample's label, weighted by S: positive
-    pairs with an outvoted sample, and negative pairs that share more context than their own classes
-    give them, are probably mislabelled and left out. See
+    pair the other way round. The neighbours also vote on each sample's label, weighted by S:
+    positive pairs with an outvoted sample, and negative pairs that share more context than their
+    own classes give them, are probably mislabelled and left out. See
     :func:`pml_extras.functional.contextual_pairs` for the rules.
 
     Args:
@@ -31,8 +31,8 @@ class ContextualSimilarityMiner(ShowsSettings, BaseMiner):
             some legitimately hard ones too.
         **kwargs: PML's ``distance`` and ``collect_stats``.
 
-    Default distance: ``CosineSimilarity()``; every PML distance works, because only the order of the
-    distances counts. Returns pairs: (anchors, positives, anchors, negatives). With ``ref_emb``,
+    Default distance: ``CosineSimilarity()``; every PML distance works, because only the order of
+    the distances counts. Returns pairs: (anchors, positives, anchors, negatives). With ``ref_emb``,
     neighbours are references, and exact copies of an anchor among them count as the anchor itself.
 
     Statistics for the log: PML's ``num_pos_pairs`` and ``num_neg_pairs``.
@@ -81,7 +81,7 @@ class ContextualSimilarityMiner(ShowsSettings, BaseMiner):
                 self.distances(embeddings, embeddings), labels, None, None, None, *rules
             )
         # Equal rows get equal numbers.
-        identity = torch.cat([embeddings, ref_emb]).unique(dim=0, return_inverse=True)[1]
+        identity = torch.unique(torch.cat([embeddings, ref_emb]), dim=0, return_inverse=True)[1]
         return contextual_pairs(
             self.distances(embeddings, ref_emb),
             labels,

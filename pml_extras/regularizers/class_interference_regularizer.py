@@ -32,8 +32,8 @@ class ClassInterferenceRegularizer(ShowsSettings, BaseRegularizer):
     Args:
         num_classes: C >= 2; labels lie in [0, C).
         embedding_size: D.
-        strength: :math:`\sigma` in [0, 0.5). Below 0.5 an embedding at its class's mean stays closer
-            to it than to the other one.
+        strength: :math:`\sigma` in [0, 0.5). Below 0.5 an embedding at its class's mean stays
+            closer to it than to the other one.
         probability: p in [0, 1].
         momentum: :math:`\beta` in [0, 1], how much of a mean is kept at each batch of its class.
         normalize: normalise the embeddings before and after, for losses on cosine similarity.
@@ -60,7 +60,8 @@ class ClassInterferenceRegularizer(ShowsSettings, BaseRegularizer):
         >>> import torch
         >>> from pytorch_metric_learning.losses import TripletMarginLoss
         >>> from pml_extras.regularizers import ClassInterferenceRegularizer
-        >>> loss_func = ClassInterferenceRegularizer(10, 8, strength=0.2).attach(TripletMarginLoss())
+        >>> regularizer = ClassInterferenceRegularizer(num_classes=10, embedding_size=8)
+        >>> loss_func = regularizer.attach(TripletMarginLoss())
         >>> loss = loss_func(torch.randn(32, 8), torch.randint(10, (32,)))
     """
 
@@ -73,6 +74,9 @@ class ClassInterferenceRegularizer(ShowsSettings, BaseRegularizer):
         "normalize",
         "random_strength",
     )
+
+    class_means: Tensor
+    class_counts: Tensor
 
     def __init__(
         self,
@@ -107,12 +111,12 @@ class ClassInterferenceRegularizer(ShowsSettings, BaseRegularizer):
         self.register_buffer("class_means", torch.zeros(num_classes, embedding_size))
         self.register_buffer("class_counts", torch.zeros(num_classes, dtype=torch.long))
 
-    def interfere(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+    def interfere(self, embeddings: Tensor, labels: Tensor | None) -> Tensor:
         """The embeddings, (N, D), as the loss is to see them; in training, learns from them too."""
         if not self.training:
             return embeddings
         self.reset_stats()
-        check_class_labels(labels, self.num_classes)
+        labels = check_class_labels(labels, self.num_classes)
         check_embedding_size(embeddings, self.embedding_size)
         if labels.shape != embeddings.shape[:1]:
             raise ValueError(

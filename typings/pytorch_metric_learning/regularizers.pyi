@@ -1,0 +1,6 @@
+from typing import Any
+
+from .utils.module_with_records import ModuleWithRecords
+
+class BaseRegularizer(ModuleWithRecords):
+    def __init__(self, **kwargs: Any) -> None: ...
