@@ -60,8 +60,9 @@ def center_contrastive_loss(
     if seen is not None:
         negative_logits = negative_logits.masked_fill(~seen, lowest)
     # Not cross_entropy: there the loss of an easy sample is the difference of two nearly equal
-    # numbers, and nothing is left of it in float32 at s = 64.
-    losses = softplus(negative_logits.logsumexp(1) - own_logit)
+    # numbers, and nothing is left of it in float32 at s = 64. (The default threshold of softplus,
+    # 20, is too low for float64 gradients.)
+    losses = softplus(negative_logits.logsumexp(1) - own_logit, threshold=80)
     if label_smoothing > 0:
         others = c if seen is None else c * seen[:, None]
         num_seen = len(c) if seen is None else seen.sum()

@@ -75,7 +75,7 @@ def contrastive_loss(
     """
 
     def mean_over_active(excess: Tensor, pairs: Tensor) -> Tensor:
-        num_active = torch.where(excess > 0, pairs, 0).sum()
+        num_active = torch.where(excess > 0, pairs, 0).sum().to(excess.dtype)
         return (excess * pairs).sum(1) * (len(excess) / num_active.clamp_min(1))
 
     return mean_over_active(relu(pos_margin - similarities), positives) + mean_over_active(
