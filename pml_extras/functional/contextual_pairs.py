@@ -72,7 +72,8 @@ def contextual_pairs(
     - of the kept pairs, a positive is hard if S is below that of the anchor's most similar negative
       plus the margin, a negative if S is above that of its least similar positive minus the margin;
     - where S is 0 it cannot tell, and the distance decides: a positive must be farther than the
-      anchor's nearest negative, a negative nearer than its farthest positive.
+      anchor's nearest negative, a negative nearer than its farthest positive, and both samples
+      trusted, because a wrong label is wrong about distances too.
 
     Args:
         distances: (N, N) within a batch, smaller is nearer; or (Q, R) from anchors to references,
@@ -113,6 +114,7 @@ def contextual_pairs(
 
     same_class = labels[:, None] == ref_labels
     positives, negatives = same_class & ~copies, ~same_class & ~copies
+    distance_decides = context == 0
     if filter_noise:
         both_trusted = vote.trusted[:, None] & ref_vote.trusted
         likely = torch.where(
@@ -123,18 +125,22 @@ def contextual_pairs(
         left_without = ~((positives | negatives) & likely).any(1, keepdim=True)
         positives = positives & (likely | left_without)
         negatives = negatives & (likely | left_without)
+        distance_decides &= both_trusted | left_without
 
     inf = float("inf")
-    in_context = context > 0
+    nearest_negative = distances.masked_fill(~negatives, inf).amin(1, keepdim=True)
+    farthest_positive = distances.masked_fill(~positives, -inf).amax(1, keepdim=True)
+    most_similar_negative = context.masked_fill(~negatives, -inf).amax(1, keepdim=True)
+    least_similar_positive = context.masked_fill(~positives, inf).amin(1, keepdim=True)
     hard_positives = (
         positives
-        & (context < context.masked_fill(~negatives, -inf).amax(1, keepdim=True) + margin)
-        & (in_context | (distances > distances.masked_fill(~negatives, inf).amin(1, keepdim=True)))
+        & (context < most_similar_negative + margin)
+        & ((context > 0) | (distance_decides & (distances > nearest_negative)))
     )
     hard_negatives = (
         negatives
-        & (context > context.masked_fill(~positives, inf).amin(1, keepdim=True) - margin)
-        & (in_context | (distances < distances.masked_fill(~positives, -inf).amax(1, keepdim=True)))
+        & (context > least_similar_positive - margin)
+        & ((context > 0) | (distance_decides & (distances < farthest_positive)))
     )
     a1, p = hard_positives.nonzero(as_tuple=True)
     a2, n = hard_negatives.nonzero(as_tuple=True)

@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
+from pytorch_metric_learning.losses import CosFaceLoss, NormalizedSoftmaxLoss
+from pytorch_metric_learning.miners import MultiSimilarityMiner
+from pytorch_metric_learning.reducers import ClassWeightedReducer, DoNothingReducer
+from pytorch_metric_learning.regularizers import LpRegularizer, RegularFaceRegularizer
+from torch.nn.functional import normalize
+
+from pml_extras.losses import CenterContrastiveLoss
+
+C, D, N = 7, 5, 24
+
+
+@pytest.fixture
+def batch():
+    return torch.randn(N, D), torch.randint(C, (N,))
+
+
+def with_centers(loss_func, centers):
+    """Give a PML loss, whose proxies are columns, the centers of one of ours."""
+    with torch.no_grad():
+        loss_func.W.copy_(centers.T)
+    return loss_func
+
+
+def both_gradients(ours, theirs, x, labels):
+    for loss_func, weights in ((ours, ours.centers), (theirs, theirs.W)):
+        x = x.detach().clone().requires_grad_()
+        loss = loss_func(x, labels)
+        loss.backward()
+        yield loss.detach(), x.grad, weights.grad
+
+
+@pytest.mark.parametrize(("scale", "margin"), [(16, 0.2), (64, 0.35), (1, 1.0)])
+def test_without_the_center_term_it_is_pmls_cosface(batch, scale, margin):
+    ours = CenterContrastiveLoss(C, D, scale, margin, center_weight=0)
+    theirs = with_centers(CosFaceLoss(C, D, margin=margin, scale=scale), ours.centers)
+    (loss, dx, dc), (expected, expected_dx, expected_dw) = both_gradients(ours, theirs, *batch)
+    assert torch.allclose(loss, expected, rtol=1e-5)
+    assert torch.allclose(dx, expected_dx, rtol=1e-4, atol=1e-6)
+    assert torch.allclose(dc, expected_dw.T, rtol=1e-4, atol=1e-6)
+
+
+def test_without_center_term_and_margin_it_is_pmls_normalized_softmax(batch):
+    ours = CenterContrastiveLoss(C, D, scale=20, margin=0, center_weight=0)
+    theirs = with_centers(
+        NormalizedSoftmaxLoss(C, D, temperature=1 / 20, distance=CosineSimilarity()), ours.centers
+    )
+    (loss, dx, dc), (expected, expected_dx, expected_dw) = both_gradients(ours, theirs, *batch)
+    assert torch.allclose(loss, expected, rtol=1e-5)
+    assert torch.allclose(dx, expected_dx, rtol=1e-4, atol=1e-6)
+    assert torch.allclose(dc, expected_dw.T, rtol=1e-4, atol=1e-6)
+    assert torch.allclose(ours.get_logits(batch[0]), theirs.get_logits(batch[0]), atol=1e-5)
+
+
+def test_unchanged_when_embeddings_or_centers_are_rescaled(batch):
+    x, labels = batch
+    loss_func = CenterContrastiveLoss(C, D)
+    expected = loss_func(x, labels)
+    assert torch.allclose(loss_func(x * 100, labels), expected, rtol=1e-5)
+    with torch.no_grad():
+        loss_func.centers *= torch.rand(C, 1) + 0.01
+    assert torch.allclose(loss_func(x, labels), expected, rtol=1e-5)
+
+
+def test_training_makes_classes_of_centers(batch):
+    x, labels = batch
+    loss_func = CenterContrastiveLoss(C, D)
+    x.requires_grad_()
+    optimizer = torch.optim.Adam([x, *loss_func.parameters()], lr=0.1)
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss_func(x, labels).backward()
+        optimizer.step()
+    assert torch.equal(loss_func.get_logits(x).argmax(1), labels)
+
+
+def test_miner_tuples_weight_the_samples(batch):
+    x, labels = batch
+    loss_func = CenterContrastiveLoss(C, D, reducer=DoNothingReducer())
+    plain = loss_func(x, labels)["loss"]["losses"]
+    twice, once = torch.tensor([3, 3, 4]), torch.tensor([4, 5, 5])
+    weighted = loss_func(x, labels, (twice, once, once))["loss"]["losses"]
+    expected = torch.zeros(N)
+    expected[[3, 4, 5]] = torch.tensor([2 / 4, 3 / 4, 4 / 4])
+    assert torch.allclose(weighted, plain * expected)
+    loss_func(x, labels, MultiSimilarityMiner()(x, labels))
+
+
+def test_weight_regularizer_acts_on_the_centers(batch):
+    plain = CenterContrastiveLoss(C, D)
+    regularized = CenterContrastiveLoss(
+        C, D, weight_regularizer=LpRegularizer(), weight_reg_weight=3
+    )
+    regularized.load_state_dict(plain.state_dict())
+    penalty = 3 * plain.centers.norm(dim=1).mean()
+    assert torch.allclose(regularized(*batch), plain(*batch) + penalty)
+    CenterContrastiveLoss(C, D, weight_regularizer=RegularFaceRegularizer())(*batch).backward()
+    with pytest.raises(ValueError, match='weight_regularizer needs center_update="gradient"'):
+        CenterContrastiveLoss(C, D, center_update="average", weight_regularizer=LpRegularizer())
+
+
+def test_class_weights_are_pmls_reducer(batch):
+    x, labels = batch
+    weights = torch.rand(C)
+    plain = CenterContrastiveLoss(C, D, reducer=DoNothingReducer())
+    weighted = CenterContrastiveLoss(C, D, reducer=ClassWeightedReducer(weights))
+    weighted.load_state_dict(plain.state_dict())
+    expected = (plain(x, labels)["loss"]["losses"] * weights[labels]).mean()
+    assert torch.allclose(weighted(x, labels), expected)
+
+
+@pytest.mark.parametrize(
+    ("label", "index"), [(C, 4), (-1, 0), (1 << 40, N - 1)], ids=["C", "negative", "huge"]
+)
+@pytest.mark.parametrize("center_update", ["gradient", "average"])
+def test_a_label_out_of_range_is_named_and_changes_nothing(batch, label, index, center_update):
+    x, labels = batch
+    labels[index] = label
+    loss_func = CenterContrastiveLoss(C, D, center_update=center_update)
+    state = {k: v.clone() for k, v in loss_func.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"\[0, {C}\), got {label} at index {index}$"):
+        loss_func(x, labels)
+    assert all(torch.equal(v, state[k]) for k, v in loss_func.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("num_classes", 0),
+        ("embedding_size", 0),
+        ("scale", 0),
+        ("scale", float("nan")),
+        ("margin", -0.1),
+        ("center_weight", -1),
+        ("momentum", 1.1),
+        ("label_smoothing", 1),
+        ("center_update", "sometimes"),
+    ],
+)
+def test_bad_settings_are_named(setting, value):
+    with pytest.raises(ValueError, match=f"^{setting} must .*, got {value!r}"):
+        CenterContrastiveLoss(**{"num_classes": C, "embedding_size": D, setting: value})
+
+
+def test_bad_input_is_refused(batch):
+    x, labels = batch
+    loss_func = CenterContrastiveLoss(C, D)
+    with pytest.raises(ValueError, match=r"shape \(batch_size, 5\), got \(24, 4\)"):
+        loss_func(x[:, :4], labels)
+    with pytest.raises(ValueError, match="labels are required"):
+        loss_func(x)
+    with pytest.raises(ValueError, match=r"labels must be integers, got torch\.float32"):
+        loss_func(x, labels.float())
+    with pytest.raises(ValueError, match="ref_emb is not supported"):
+        loss_func(x, labels, ref_emb=x.clone(), ref_labels=labels)
+    with pytest.raises(AssertionError, match="CosineSimilarity"):
+        CenterContrastiveLoss(C, D, distance=LpDistance())
+
+
+def test_autocast_leaves_the_centers_in_float32(batch):
+    loss_func = CenterContrastiveLoss(C, D)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = loss_func(batch[0].bfloat16(), batch[1])
+    assert loss_func.centers.dtype == torch.float32
+    assert loss.dtype == torch.float32
+
+
+class TestAverage:
+    def make(self, **kwargs):
+        return CenterContrastiveLoss(C, D, center_update="average", **kwargs)
+
+    def test_centers_are_normalised_moving_averages(self, batch):
+        x, labels = batch
+        loss_func = self.make(momentum=0.7)
+        expected = torch.zeros(C, D)
+        for _ in range(3):
+            x = torch.randn(N, D)
+            for c in labels.unique():
+                mean = normalize(normalize(x[labels == c]).mean(0), dim=0)
+                moved = 0.7 * expected[c] + 0.3 * mean if expected[c].any() else mean
+                expected[c] = normalize(moved, dim=0)
+            loss_func(x, labels)
+            assert torch.allclose(loss_func.centers, expected, atol=1e-6)
+        assert torch.equal(loss_func.class_counts, 3 * torch.bincount(labels, minlength=C))
+
+    def test_the_batch_is_compared_with_the_moved_centers(self, batch):
+        x, labels = batch
+        average = self.make()
+        loss = average(x, labels)
+        gradient = CenterContrastiveLoss(C, D)
+        with torch.no_grad():
+            gradient.centers.copy_(average.centers)
+        if average.seen_classes().all():
+            assert torch.allclose(loss, gradient(x, labels))
+        assert average.eval()(x, labels) == loss
+
+    def test_classes_not_seen_take_no_part(self):
+        x, labels = torch.randn(6, D), torch.tensor([1, 1, 4, 4, 5, 5])
+        few = CenterContrastiveLoss(3, D, center_update="average")
+        many = self.make()
+        assert torch.allclose(many(x, labels), few(x, torch.tensor([0, 0, 1, 1, 2, 2])), rtol=1e-6)
+        logits = many.get_logits(x)
+        assert torch.isneginf(logits[:, [0, 2, 3, 6]]).all()
+        assert logits[:, [1, 4, 5]].isfinite().all()
+
+    def test_no_parameters_and_gradient_for_the_embeddings_alone(self, batch):
+        x, labels = batch
+        loss_func = self.make()
+        assert list(loss_func.parameters()) == []
+        x.requires_grad_()
+        loss_func(x, labels).backward()
+        assert x.grad.abs().sum() > 0
+
+    def test_the_bank_stands_still_in_eval_mode(self, batch):
+        loss_func = self.make()
+        loss_func(*batch)
+        before = loss_func.centers.clone()
+        loss_func.eval()(torch.randn(N, D), batch[1])
+        assert torch.equal(loss_func.centers, before)
+
+    def test_a_sample_that_is_not_finite_leaves_the_bank_alone(self, batch):
+        x, labels = batch
+        loss_func = self.make()
+        loss_func(x, labels)
+        before = loss_func.centers.clone()
+        loss_func(torch.full((2, D), float("nan")), labels[:2])
+        assert torch.equal(loss_func.centers, before)

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
+from pytorch_metric_learning.losses import ContrastiveLoss
+from pytorch_metric_learning.miners import MultiSimilarityMiner, TripletMarginMiner
+from pytorch_metric_learning.reducers import DoNothingReducer, MultipleReducers, SumReducer
+from pytorch_metric_learning.regularizers import LpRegularizer
+
+from pml_extras.losses import ContextualLoss
+
+
+@pytest.fixture
+def batch():
+    return torch.randn(32, 6), torch.arange(8).repeat_interleave(4)
+
+
+def test_golden(contextual_case, relative_error):
+    case = contextual_case
+    x = case["embeddings"].requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some cases have k above the samples of a class
+        loss = ContextualLoss(int(case["k"]), float(case["eps"]))(x, case["labels"])
+    loss.backward()
+    weights = {"contextual": 0.4, "contrastive": 0.5, "mean_similarity": 0.1}
+    for kind, actual in {"loss": loss, "grad": x.grad}.items():
+        expected = sum(w * case[f"{name}_{kind}"].double() for name, w in weights.items())
+        assert relative_error(actual, expected) < 1e-4
+
+
+@pytest.mark.parametrize("miner", [None, MultiSimilarityMiner(), TripletMarginMiner()])
+def test_contrastive_part_is_pmls_contrastive_loss(batch, miner):
+    x, labels = batch
+    pairs = None if miner is None else miner(x, labels)
+    ours = ContextualLoss(contextual_weight=0, similarity_weight=0, contrastive_weight=1)
+    theirs = ContrastiveLoss(0.75, 0.6, distance=CosineSimilarity())
+    assert torch.allclose(ours(x, labels, pairs), theirs(x, labels, pairs), rtol=1e-5)
+
+
+def test_three_sub_losses_with_weights(batch):
+    weights = {"contextual_weight": 2.0, "contrastive_weight": 3.0, "similarity_weight": 5.0}
+    parts = ContextualLoss(**dict.fromkeys(weights, 1.0), reducer=DoNothingReducer())(*batch)
+    weighted = ContextualLoss(**weights, reducer=DoNothingReducer())(*batch)
+    assert list(parts) == ["contextual_loss", "contrastive_loss", "similarity_loss"]
+    for name, weight in zip(parts, weights.values(), strict=True):
+        assert parts[name]["losses"].shape == (32,)
+        assert torch.allclose(weighted[name]["losses"], weight * parts[name]["losses"])
+
+
+def test_users_reducer_survives_an_embedding_regularizer(batch):
+    reduced = ContextualLoss(reducer=SumReducer(), embedding_regularizer=LpRegularizer())
+    assert isinstance(reduced.reducer, MultipleReducers)
+    expected = 32 * ContextualLoss()(*batch) + batch[0].norm(dim=1).mean()
+    assert torch.allclose(reduced(*batch), expected, rtol=1e-5)
+
+
+def test_training_reaches_zero(batch):
+    x, labels = batch
+    x.requires_grad_()
+    loss_func = ContextualLoss(similarity_weight=0)
+    optimizer = torch.optim.Adam([x], lr=0.03)
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss = loss_func(x, labels)
+        loss.backward()
+        optimizer.step()
+    assert loss == 0
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("slack", [0.0, 4.0])
+@pytest.mark.parametrize("equal", [True, False], ids=["equal", "random"])
+@pytest.mark.parametrize("labels", ["same", "different", "pairs"])
+@pytest.mark.filterwarnings("ignore:num_neighbors")
+def test_finite_for_every_batch(num_samples, slack, equal, labels):
+    x = torch.ones(num_samples, 3) if equal else torch.randn(num_samples, 3)
+    x.requires_grad_()
+    y = {
+        "same": torch.zeros(num_samples).long(),
+        "different": torch.arange(num_samples),
+        "pairs": torch.arange(num_samples) // 2,
+    }[labels]
+    loss = ContextualLoss(neighborhood_slack=slack)(x, y)
+    loss.backward()
+    assert loss.isfinite()
+    assert x.grad.isfinite().all()
+
+
+def test_an_empty_batch_is_zero():
+    x = torch.empty(0, 4, requires_grad=True)
+    loss = ContextualLoss()(x, torch.empty(0).long())
+    loss.backward()
+    assert loss == 0
+
+
+def test_too_many_neighbours_are_clamped_with_one_warning(batch):
+    loss_func = ContextualLoss(num_neighbors=4)
+    x, labels = torch.randn(3, 5), torch.tensor([0, 0, 1])
+    with pytest.warns(UserWarning, match="num_neighbors=4 is clamped: the batch holds 3"):
+        clamped = loss_func(x, labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert loss_func(x, labels) == clamped
+        loss_func(*batch)
+        expected = ContextualLoss(num_neighbors=3)
+        expected._seen_batch = True
+        assert expected(x, labels) == clamped
+
+
+def test_more_neighbours_than_samples_of_a_class_warn_once():
+    loss_func = ContextualLoss(num_neighbors=4)
+    x, labels = torch.randn(12, 5), torch.arange(12) % 6
+    with pytest.warns(UserWarning, match="more than the 2 samples that a class has"):
+        loss_func(x, labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss_func(x, labels)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("num_neighbors", 0),
+        ("neighborhood_slack", -0.1),
+        ("contextual_weight", -1),
+        ("contrastive_weight", float("nan")),
+        ("similarity_weight", -1),
+        ("pos_margin", 1.5),
+        ("neg_margin", -2),
+        ("target_similarity", 3),
+    ],
+)
+def test_bad_settings_are_named(setting, value):
+    with pytest.raises(ValueError, match=f"^{setting} must .*, got {value!r}"):
+        ContextualLoss(**{setting: value})
+
+
+def test_bad_input_is_refused(batch):
+    x, labels = batch
+    with pytest.raises(ValueError, match="labels are required"):
+        ContextualLoss()(x)
+    with pytest.raises(ValueError, match="ref_emb is not supported"):
+        ContextualLoss()(x, labels, ref_emb=x.clone(), ref_labels=labels)
+    with pytest.raises(AssertionError, match="CosineSimilarity"):
+        ContextualLoss(distance=LpDistance())
+
+
+def test_stats_tell_a_good_batch_from_a_bad_one(batch):
+    x, labels = batch
+    loss_func = ContextualLoss(collect_stats=True)
+    loss_func(x, labels)
+    random_purity = loss_func.avg_pos_context
+    loss_func(torch.eye(8).repeat_interleave(4, 0), labels)
+    assert loss_func.avg_neighborhood_size == 4
+    assert loss_func.avg_pos_context == 1 > random_purity
+    assert loss_func.avg_neg_context == 0
+    assert loss_func.avg_similarity == pytest.approx(1 / 8)
