@@ -85,10 +85,13 @@ class SelfDistillation(ShowsSettings, BaseLossWrapper, ModuleWithRecords):
         )
 
     def forward(self, embeddings: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As the wrapped loss; all arguments go to it."""
+        """As the wrapped loss; all arguments go to it.
+
+        In eval mode, and where gradients are disabled, it is the wrapped loss alone.
+        """
         self.reset_stats()
         loss: Tensor = self.loss(embeddings, *args, **kwargs)
-        if not self.training or self.weight == 0:
+        if not (self.training and torch.is_grad_enabled() and self.weight > 0):
             self.teacher.forget()
             return loss
         distillation: Tensor = self.distillation(

@@ -64,7 +64,9 @@ def _batch_class_means(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tens
     # rank sees another order. Sums of integers do not: 2^41 steps up to the largest value.
     shift = (40 - torch.frexp(x.abs().amax()).exponent).double()
     fixed_point = torch.ldexp(x, shift).round().long()
-    slot = torch.searchsorted(labels.sort().values, labels)  # one number a class, below N
+    slot = torch.searchsorted(
+        labels.sort().values, labels.contiguous()
+    )  # one number a class, below N
     sums = torch.zeros_like(fixed_point).index_add_(0, slot, fixed_point)[slot]
     counts = torch.zeros_like(labels).index_add_(0, slot, finite.long())[slot]
     return torch.ldexp(sums.double(), -shift) / counts.clamp_min(1)[:, None], counts

@@ -39,9 +39,8 @@ def class_vote(context: Tensor, labels: Tensor, ref_labels: Tensor, excluded: Te
         >>> class_vote(context, labels, labels, torch.eye(3, dtype=torch.bool))
         ClassVote(share=tensor([0.7500, 1.0000, 0.0000]), trusted=tensor([ True,  True, False]))
     """
-    classes = torch.unique(torch.cat([labels, ref_labels]))
-    ref_class = torch.searchsorted(classes, ref_labels)
-    own_class = torch.searchsorted(classes, labels)[:, None]
+    classes, numbers = torch.unique(torch.cat([labels, ref_labels]), return_inverse=True)
+    own_class, ref_class = numbers[: len(labels), None], numbers[len(labels) :]
     votes = context.new_zeros(len(context), len(classes))
     votes.index_add_(1, ref_class, context.masked_fill(excluded, 0))
     own, total = votes.gather(1, own_class).squeeze(1), votes.sum(1)

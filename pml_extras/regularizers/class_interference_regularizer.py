@@ -12,6 +12,8 @@ from torch.nn.functional import normalize as unit
 from .._component import ShowsSettings, check_class_labels, check_embedding_size, require
 from ..functional import class_interference, moving_class_means
 
+HOOK_NAME = "class_interference"  # of the hook and the submodule of a loss with an interference
+
 
 class ClassInterferenceRegularizer(ShowsSettings, BaseRegularizer):
     r"""Moves training embeddings towards other classes' means before a loss sees them.
@@ -148,22 +150,22 @@ class ClassInterferenceRegularizer(ShowsSettings, BaseRegularizer):
                 f"{type(loss).__name__} wraps a loss: attach to that, its .loss, so that the"
                 " references stay clean"
             )
-        if isinstance(getattr(loss, "class_interference", None), ClassInterferenceRegularizer):
+        if hasattr(loss, HOOK_NAME):
             raise ValueError(f"{type(loss).__name__} has a class interference attached already")
-        loss.class_interference = self
-        loss.register_forward_pre_hook(self._before_loss, with_kwargs=True)
+        loss.add_module(HOOK_NAME, self)
+        # As register_forward_pre_hook(with_kwargs=True) does, but under a name: record-keeper logs
+        # every dict in a loss, and the number for a key would crash it.
+        hooks, with_kwargs = _hooks(loss)
+        hooks[HOOK_NAME], with_kwargs[HOOK_NAME] = self._before_loss, True
         return loss
 
     def detach(self, loss: torch.nn.Module) -> torch.nn.Module:
         """Undo :meth:`attach`; returns ``loss``."""
-        if getattr(loss, "class_interference", None) is not self:
+        if getattr(loss, HOOK_NAME, None) is not self:
             raise ValueError(f"this regularizer is not attached to that {type(loss).__name__}")
-        del loss.class_interference
-        # Found by equality, because a deep copy of the loss has no use for the original's handle.
-        for key, hook in list(loss._forward_pre_hooks.items()):
-            if hook == self._before_loss:
-                del loss._forward_pre_hooks[key]
-                loss._forward_pre_hooks_with_kwargs.pop(key, None)
+        delattr(loss, HOOK_NAME)
+        for hooks in _hooks(loss):
+            del hooks[HOOK_NAME]
         return loss
 
     def _before_loss(
@@ -201,3 +203,7 @@ class ClassInterferenceRegularizer(ShowsSettings, BaseRegularizer):
     def set_extra_state(self, state: Tensor | None) -> None:
         if self.generator is not None and state is not None:
             self.generator.set_state(state.cpu())
+
+
+def _hooks(module: torch.nn.Module) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    return module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
