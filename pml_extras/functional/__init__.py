@@ -10,6 +10,7 @@ from .contextual_similarity import (
     contextual_similarity_from_distances,
     neighborhood_mask,
 )
+from .copies import exact_copies
 from .cosine import pairwise_cosine
 from .listwise_kl import listwise_kl
 
@@ -27,5 +28,6 @@ __all__ = [
     "ClassVote",
     "class_vote",
     "contextual_pairs",
+    "exact_copies",
     "pairwise_cosine",
 ]

@@ -12,24 +12,34 @@ from .contextual_similarity import contextual_similarity
 
 @full_precision
 def contextual_loss(
-    similarities: Tensor, labels: Tensor, num_neighbors: int = 4, slack: float = 0.05
+    similarities: Tensor,
+    labels: Tensor,
+    num_neighbors: int = 4,
+    slack: float = 0.05,
+    ref_similarities: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    copies: Tensor | None = None,
 ) -> Tensor:
     r"""Squared error of the contextual similarity as a prediction of "same class".
 
-    .. math:: \ell_i = \frac1N \sum_{j \ne i} (S_{ij} - [y_i = y_j])^2
+    .. math:: \ell_i = \frac1R \sum_j (S_{ij} - [y_i = y_j])^2
 
-    with S from :func:`contextual_similarity`.
+    over all references j but the sample itself, with S from :func:`contextual_similarity`.
 
     Args:
-        similarities: (N, N) cosine similarities of the batch with itself.
+        similarities: (N, N) cosine similarities of the batch with itself, its own references; or
+            (N, R), with references, when the next three are given.
         labels: (N,).
-        num_neighbors: k >= 1, the sample itself included; clamped to N.
+        num_neighbors: k >= 1, the sample itself included; clamped to R.
         slack: eps >= 0, in units of squared distance between unit vectors.
+        ref_similarities: (R, R) cosine similarities of the references with themselves.
+        ref_labels: (R,).
+        copies: (N, R) bool, which references are the sample itself.
 
     Returns:
         (N,) losses in [0, 1]; their mean is the published term.
 
-    Source: arXiv 2210.01908.
+    Source: arXiv 2210.01908. References are ours.
 
     Example:
         >>> import torch
@@ -38,10 +48,13 @@ def contextual_loss(
         >>> contextual_loss(similarities, torch.tensor([0, 0, 1, 1]), num_neighbors=2)
         tensor([0., 0., 0., 0.])
     """
-    context = contextual_similarity(similarities, num_neighbors, slack)
-    same_class = labels[:, None] == labels
+    context = contextual_similarity(similarities, num_neighbors, slack, ref_similarities)
+    if ref_labels is None or copies is None:
+        ref_labels = labels
+        copies = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    same_class = labels[:, None] == ref_labels
     errors = (context - same_class.to(context.dtype)).square()
-    return errors.masked_fill(_diagonal(errors), 0).sum(1) / len(errors)
+    return errors.masked_fill(copies, 0).sum(1) / len(ref_labels)
 
 
 @full_precision
@@ -84,12 +97,15 @@ def contrastive_loss(
 
 
 @full_precision
-def mean_similarity_loss(embeddings: Tensor, target: float = 0.25) -> Tensor:
+def mean_similarity_loss(
+    embeddings: Tensor, target: float = 0.25, ref_emb: Tensor | None = None
+) -> Tensor:
     r"""Squared distance of the batch's mean cosine similarity, self pairs included, from a target.
 
     Args:
         embeddings: (N, D), any scale.
         target: in [-1, 1].
+        ref_emb: (R, D), what the embeddings are compared with; default: themselves.
 
     Returns:
         () the loss.
@@ -101,9 +117,7 @@ def mean_similarity_loss(embeddings: Tensor, target: float = 0.25) -> Tensor:
         >>> mean_similarity_loss(torch.eye(2), target=0.25)
         tensor(0.0625)
     """
-    # The mean of all pairs' dot products is the squared length of the mean vector.
-    return (normalize(embeddings).mean(0).square().sum() - target).square()
-
-
-def _diagonal(matrix: Tensor) -> Tensor:
-    return torch.eye(len(matrix), dtype=torch.bool, device=matrix.device)
+    # The mean of all dot products is the dot product of the means.
+    mean = normalize(embeddings).mean(0)
+    ref_mean = mean if ref_emb is None else normalize(ref_emb).mean(0)
+    return (mean @ ref_mean - target).square()

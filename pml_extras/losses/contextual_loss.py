@@ -17,6 +17,7 @@ from ..functional import (
     contextual_loss,
     contextual_similarity,
     contrastive_loss,
+    exact_copies,
     mean_similarity_loss,
     neighborhood_mask,
     pairwise_cosine,
@@ -142,23 +143,32 @@ class ContextualLoss(ShowsSettings, BaseMetricLossFunction):
         ref_labels: Tensor,
     ) -> dict[str, dict[str, Any]]:
         c_f.labels_required(labels)
-        c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
-        if len(embeddings) == 0:
+        if len(embeddings) == 0 or len(ref_emb) == 0:
             return self.zero_losses()
-        self.check_batch(labels)
-        similarities = pairwise_cosine(embeddings)
-        positives, negatives = _pair_weights(similarities, labels, indices_tuple)
+        self.check_batch(ref_labels)
+        to_self = ref_emb is embeddings
+        similarities = pairwise_cosine(embeddings, ref_emb)
+        references = (
+            (None, None, None)
+            if to_self
+            else (pairwise_cosine(ref_emb), ref_labels, exact_copies(embeddings, ref_emb))
+        )
+        positives, negatives = _pair_weights(similarities, labels, ref_labels, indices_tuple)
         if self.collect_stats:
-            self.set_stats(similarities, labels)
+            self.set_stats(similarities, references[0], labels, ref_labels)
         sub_losses = {
             "contextual_loss": self.contextual_weight
-            * contextual_loss(similarities, labels, self.num_neighbors, self.neighborhood_slack),
+            * contextual_loss(
+                similarities, labels, self.num_neighbors, self.neighborhood_slack, *references
+            ),
             "contrastive_loss": self.contrastive_weight
             * contrastive_loss(
                 similarities, positives, negatives, self.pos_margin, self.neg_margin
             ),
             "similarity_loss": self.similarity_weight
-            * mean_similarity_loss(embeddings, self.target_similarity).expand(len(embeddings)),
+            * mean_similarity_loss(
+                embeddings, self.target_similarity, None if to_self else ref_emb
+            ).expand(len(embeddings)),
         }
         return {
             name: {
@@ -188,11 +198,17 @@ class ContextualLoss(ShowsSettings, BaseMetricLossFunction):
         self._seen_batch = True
 
     @torch.no_grad()
-    def set_stats(self, similarities: Tensor, labels: Tensor) -> None:
+    def set_stats(
+        self,
+        similarities: Tensor,
+        ref_similarities: Tensor | None,
+        labels: Tensor,
+        ref_labels: Tensor,
+    ) -> None:
         k, slack = self.num_neighbors, self.neighborhood_slack
-        context = contextual_similarity(similarities, k, slack)
+        context = contextual_similarity(similarities, k, slack, ref_similarities)
         near = neighborhood_mask((2 - 2 * similarities).clamp_min(0), k, slack)
-        positives, negatives = lmu.get_matches_and_diffs(labels)
+        positives, negatives = lmu.get_matches_and_diffs(labels, ref_labels)
         self.avg_neighborhood_size = near.sum(1).float().mean().item()
         self.avg_pos_context = _mean_where(positives.bool(), context)
         self.avg_neg_context = _mean_where(negatives.bool(), context)
@@ -206,13 +222,15 @@ class ContextualLoss(ShowsSettings, BaseMetricLossFunction):
 
 
 def _pair_weights(
-    similarities: Tensor, labels: Tensor, indices_tuple: tuple[Tensor, ...] | None
+    similarities: Tensor,
+    labels: Tensor,
+    ref_labels: Tensor,
+    indices_tuple: tuple[Tensor, ...] | None,
 ) -> tuple[Tensor, Tensor]:
-    """(N, N) twice: how many times each pair is to count as a positive, and as a negative, one."""
+    """(N, R) twice: how many times each pair is to count as a positive, and as a negative, one."""
     if indices_tuple is None:
-        positives, negatives = lmu.get_matches_and_diffs(labels)
-        return positives, negatives
-    a1, p, a2, n = lmu.convert_to_pairs(indices_tuple, labels)
+        return lmu.get_matches_and_diffs(labels, ref_labels)
+    a1, p, a2, n = lmu.convert_to_pairs(indices_tuple, labels, ref_labels)
 
     def count(anchors: Tensor, others: Tensor) -> Tensor:
         ones = similarities.new_ones(len(anchors))

@@ -10,7 +10,7 @@ from pytorch_metric_learning.miners import BaseMiner
 from torch import Tensor
 
 from .._component import ShowsSettings, require
-from ..functional import contextual_pairs
+from ..functional import contextual_pairs, exact_copies
 from ..functional._precision import full_precision
 
 
@@ -80,14 +80,12 @@ class ContextualSimilarityMiner(ShowsSettings, BaseMiner):
             return contextual_pairs(
                 self.distances(embeddings, embeddings), labels, None, None, None, *rules
             )
-        # Equal rows get equal numbers.
-        identity = torch.unique(torch.cat([embeddings, ref_emb]), dim=0, return_inverse=True)[1]
         return contextual_pairs(
             self.distances(embeddings, ref_emb),
             labels,
             self.distances(ref_emb, ref_emb),
             ref_labels,
-            identity[: len(embeddings), None] == identity[len(embeddings) :],
+            exact_copies(embeddings, ref_emb),
             *rules,
         )
 

@@ -139,13 +139,34 @@ def test_bad_settings_are_named(setting, value):
 
 
 def test_bad_input_is_refused(batch):
-    x, labels = batch
+    x, _ = batch
     with pytest.raises(ValueError, match="labels are required"):
         ContextualLoss()(x)
-    with pytest.raises(ValueError, match="ref_emb is not supported"):
-        ContextualLoss()(x, labels, ref_emb=x.clone(), ref_labels=labels)
     with pytest.raises(AssertionError, match="CosineSimilarity"):
         ContextualLoss(distance=LpDistance())
+
+
+@pytest.mark.parametrize("miner", [None, MultiSimilarityMiner()])
+def test_references_that_are_the_batch_change_nothing(batch, miner):
+    x, labels = batch
+    x.requires_grad_()
+    pairs = None if miner is None else miner(x, labels)
+    results = []
+    for references in ({}, {"ref_emb": x.clone(), "ref_labels": labels.clone()}):
+        loss = ContextualLoss()(x, labels, pairs, **references)
+        results.append((loss, *torch.autograd.grad(loss, x)))
+    for actual, expected in zip(*results, strict=True):
+        assert torch.allclose(actual, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_references_are_the_context(batch):
+    # Two samples alone say nothing of each other; a memory of their classes does.
+    memory = torch.eye(3).repeat_interleave(4, 0) + 0.05 * torch.randn(12, 3)
+    memory_labels = torch.arange(3).repeat_interleave(4)
+    x, labels = torch.tensor([[1.0, 0.1, 0.0], [0.1, 1.0, 0.0]]), torch.tensor([0, 1])
+    loss_func = ContextualLoss(contrastive_weight=0, similarity_weight=0)
+    assert loss_func(x, labels, ref_emb=memory, ref_labels=memory_labels) < 0.02
+    assert loss_func(x, 1 - labels, ref_emb=memory, ref_labels=memory_labels) > 0.1
 
 
 def test_stats_tell_a_good_batch_from_a_bad_one(batch):
