@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, ClassVar
 
 import torch
@@ -51,3 +52,38 @@ def check_embedding_size(embeddings: torch.Tensor, embedding_size: int) -> None:
             f"embeddings must have shape (batch_size, {embedding_size}),"
             f" got {tuple(embeddings.shape)}"
         )
+
+
+class OptimizerReminder:
+    """Warns, once, of a parameter that gets gradients and is never moved.
+
+    PML's users pass a loss's parameters to an optimizer of their own, and forgetting to do so has
+    no other sign than poor accuracy.
+    """
+
+    patience = 100  # calls; more than anybody accumulates gradients over
+
+    def __init__(self, what: str, of: str) -> None:
+        self.what, self.of = what, of
+        self.still: int | None = 0  # calls with a gradient so far; None: it moves, or was told of
+        self.version: int | None = None
+
+    def check(self, parameter: torch.Tensor) -> None:
+        """Call this at each forward pass in training."""
+        if self.still is None or parameter.grad is None or not parameter.requires_grad:
+            return
+        # Counts the changes in place, which is how optimizers make them; reading it costs nothing.
+        version = parameter._version
+        if self.version not in (None, version):
+            self.still = None
+            return
+        self.version = version
+        self.still += 1
+        if self.still == self.patience:
+            self.still = None
+            warnings.warn(
+                f"{self.what} of {self.of} have had gradients in {self.patience} steps and have not"
+                " moved: give loss.parameters() to an optimizer, whose key in PML's trainers is"
+                ' "metric_loss_optimizer"',
+                stacklevel=4,
+            )

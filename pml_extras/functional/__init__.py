@@ -10,7 +10,7 @@ from .contextual_similarity import (
     contextual_similarity_from_distances,
     neighborhood_mask,
 )
-from .copies import exact_copies
+from .copies import exact_copies, row_fingerprints
 from .cosine import pairwise_cosine
 from .listwise_kl import listwise_kl
 
@@ -29,5 +29,6 @@ __all__ = [
     "class_vote",
     "contextual_pairs",
     "exact_copies",
+    "row_fingerprints",
     "pairwise_cosine",
 ]

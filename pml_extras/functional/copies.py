@@ -24,13 +24,14 @@ def exact_copies(embeddings: Tensor, ref_emb: Tensor) -> Tensor:
         >>> exact_copies(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 2.0], [2.0, 1.0]]))
         tensor([[ True, False]])
     """
-    # By a 64-bit fingerprint of each row, a polynomial of its bits: (N, R, D) comparisons would
-    # take D times the memory, and sorting the rows would make the host wait for a GPU.
-    fingerprint, ref_fingerprint = (_fingerprint(x.detach()) for x in (embeddings, ref_emb))
-    return fingerprint[:, None] == ref_fingerprint
+    # (N, R, D) comparisons would take D times the memory, and sorting the rows would make the host
+    # wait for a GPU.
+    return row_fingerprints(embeddings)[:, None] == row_fingerprints(ref_emb)
 
 
-def _fingerprint(x: Tensor) -> Tensor:
-    bits = x.contiguous().view(torch.int64 if x.dtype == torch.float64 else torch.int32)
+def row_fingerprints(x: Tensor) -> Tensor:
+    """(N,) int64, for (N, D) floats: a polynomial of the bits of each row, modulo 2^64."""
+    bits = x.detach().contiguous()
+    bits = bits.view(torch.int64 if x.dtype == torch.float64 else torch.int32)
     odd = torch.full((x.shape[1],), 6364136223846793005, device=x.device)
     return (bits.long() * odd.cumprod(0)).sum(1)

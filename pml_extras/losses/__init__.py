@@ -3,5 +3,12 @@
 from .center_contrastive_loss import CenterContrastiveLoss
 from .contextual_loss import ContextualLoss
 from .listwise_distillation_loss import ListwiseDistillationLoss
+from .wrappers import CrossBatchMemory, SelfSupervisedLoss
 
-__all__ = ["CenterContrastiveLoss", "ContextualLoss", "ListwiseDistillationLoss"]
+__all__ = [
+    "CenterContrastiveLoss",
+    "ContextualLoss",
+    "ListwiseDistillationLoss",
+    "CrossBatchMemory",
+    "SelfSupervisedLoss",
+]

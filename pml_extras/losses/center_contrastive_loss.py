@@ -11,7 +11,14 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
-from .._component import ShowsSettings, check_class_labels, check_embedding_size, require
+from .._component import (
+    OptimizerReminder,
+    ShowsSettings,
+    check_class_labels,
+    check_embedding_size,
+    require,
+)
+from .._distributed import joined_batch
 from ..functional import center_contrastive_loss, moving_class_means, pairwise_cosine
 
 
@@ -24,13 +31,18 @@ class CenterContrastiveLoss(ShowsSettings, WeightRegularizerMixin, BaseMetricLos
     The bank of centers moves in one of two ways:
 
     - ``center_update="gradient"``: ``centers`` is a Parameter. **Give it to an optimizer**, or it
-      never moves; in PML's trainers the optimizer's key is ``metric_loss_optimizer``. Its learning
-      rate decides a lot: on Omniglot, from scratch, 0.1 to 1 with Adam served far better than 0.01.
-      Use no weight decay: the loss does not see the centers' lengths, so decay only shrinks them
-      and speeds their turning up.
+      never moves; in PML's trainers the optimizer's key is ``metric_loss_optimizer``. (A warning
+      comes after 100 steps of gradients without a move.) Its learning rate decides a lot: after
+      three epochs on Omniglot, precision@1 on unseen classes was .409 at 0.01, and .457 at 0.1 and
+      at 1 (Adam, one seed). Use no weight decay: the loss does not see the centers' lengths, so
+      decay only shrinks them and speeds their turning up. Under PML's DistributedLossWrapper their
+      gradient comes out multiplied by the number of processes, as that of all PML's proxies: divide
+      the learning rate of an optimizer that is not scale-free.
     - ``center_update="average"``: ``centers`` is a buffer, and before each comparison a class's
       center becomes the normalised moving average of its embeddings. No optimizer is needed. A
-      class takes part once it has been seen. In eval mode the bank stands still.
+      class takes part once it has been seen. In eval mode the bank stands still. Under
+      torch.distributed the averages are over the batches of all processes, and the banks are equal
+      to the last bit.
 
     Args:
         num_classes: C >= 1; labels lie in [0, C).
@@ -130,6 +142,7 @@ class CenterContrastiveLoss(ShowsSettings, WeightRegularizerMixin, BaseMetricLos
         if center_update == "gradient":
             self.centers = torch.nn.Parameter(centers)
             self.weight_init_func(self.centers)
+            self._optimizer_reminder = OptimizerReminder("the centers", type(self).__name__)
         elif self.weight_regularizer is None:
             self.register_buffer("centers", centers)
             self.register_buffer("class_counts", torch.zeros(num_classes, dtype=torch.long))
@@ -145,6 +158,8 @@ class CenterContrastiveLoss(ShowsSettings, WeightRegularizerMixin, BaseMetricLos
         ref_labels: Tensor | None = None,
     ) -> Tensor:
         check_class_labels(labels, self.num_classes)
+        if self.training and self.center_update == "gradient":
+            self._optimizer_reminder.check(self.centers)
         return super().forward(embeddings, labels, indices_tuple, ref_emb, ref_labels)
 
     def compute_loss(
@@ -188,7 +203,8 @@ class CenterContrastiveLoss(ShowsSettings, WeightRegularizerMixin, BaseMetricLos
     @torch.no_grad()
     def update_centers(self, embeddings: Tensor, labels: Tensor) -> None:
         """Move the centers of the batch's classes, as "average" mode does at each forward."""
-        unit = torch.nn.functional.normalize(embeddings.to(self.centers.dtype))
+        embeddings, labels = joined_batch(embeddings.to(self.centers.dtype), labels)
+        unit = torch.nn.functional.normalize(embeddings)
         self.centers[labels], self.class_counts[labels] = moving_class_means(
             self.centers, self.class_counts, unit, labels, self.momentum, normalize=True
         )

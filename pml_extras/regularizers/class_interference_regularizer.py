@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize as unit
 
 from .._component import ShowsSettings, check_class_labels, check_embedding_size, require
+from .._distributed import joined_batch
 from ..functional import class_interference, moving_class_means
 
 HOOK_NAME = "class_interference"  # of the hook and the submodule of a loss with an interference
@@ -29,7 +30,8 @@ class ClassInterferenceRegularizer(ShowsSettings, BaseRegularizer):
     wrappers, and the class means travel in its state_dict. Attach to the loss itself rather than to
     a wrapper around it, so that references and memory banks stay clean.
 
-    In eval mode nothing is changed or learnt.
+    In eval mode nothing is changed or learnt. Under torch.distributed the means are over the
+    batches of all processes, and equal in them to the last bit.
 
     Args:
         num_classes: C >= 2; labels lie in [0, C).
@@ -179,8 +181,9 @@ class ClassInterferenceRegularizer(ShowsSettings, BaseRegularizer):
 
     @torch.no_grad()
     def update_class_means(self, embeddings: Tensor, labels: Tensor) -> None:
+        embeddings, labels = joined_batch(embeddings.to(self.class_means.dtype), labels)
         if self.normalize:
-            embeddings = unit(embeddings.to(self.class_means.dtype))
+            embeddings = unit(embeddings)
         self.class_means[labels], self.class_counts[labels] = moving_class_means(
             self.class_means, self.class_counts, embeddings, labels, self.momentum
         )

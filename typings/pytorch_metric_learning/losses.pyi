@@ -29,3 +29,13 @@ class BaseLossWrapper(nn.Module):
     def __init__(self, loss: nn.Module, **kwargs: Any) -> None: ...
     @classmethod
     def check_loss_support(cls, loss_name: str) -> None: ...
+
+class CrossBatchMemory(BaseLossWrapper):
+    queue_idx: int
+    has_been_filled: bool
+    @staticmethod
+    def supported_losses() -> list[str]: ...
+
+class SelfSupervisedLoss(BaseLossWrapper):
+    @staticmethod
+    def supported_losses() -> list[str]: ...

@@ -1,0 +1,50 @@
+"""PML's wrappers of losses that check a loss's name, with ours on their lists."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pytorch_metric_learning import losses
+
+
+class CrossBatchMemory(losses.CrossBatchMemory):
+    """PML's ``CrossBatchMemory``, which takes :class:`ContextualLoss` too.
+
+    There the memory is the context: neighbours are found among the remembered embeddings. Its place
+    in the queue joins the state_dict, so that a run that is resumed goes on exactly.
+
+    Source: PML's class, arXiv 1912.06798; the place in the queue is ours.
+
+    Example:
+        >>> import torch
+        >>> from pml_extras.losses import ContextualLoss, CrossBatchMemory
+        >>> loss_func = CrossBatchMemory(ContextualLoss(), embedding_size=8, memory_size=64)
+        >>> loss = loss_func(torch.randn(32, 8), torch.arange(32) // 4)
+    """
+
+    @staticmethod
+    def supported_losses() -> list[str]:
+        return [*losses.CrossBatchMemory.supported_losses(), "ContextualLoss"]
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"queue_idx": self.queue_idx, "has_been_filled": self.has_been_filled}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.queue_idx, self.has_been_filled = state["queue_idx"], state["has_been_filled"]
+
+
+class SelfSupervisedLoss(losses.SelfSupervisedLoss):
+    """PML's ``SelfSupervisedLoss``, which takes :class:`ContextualLoss` too.
+
+    Every sample is a class of two, itself and its augmentation: use ``num_neighbors=2``.
+
+    Example:
+        >>> import torch
+        >>> from pml_extras.losses import ContextualLoss, SelfSupervisedLoss
+        >>> loss_func = SelfSupervisedLoss(ContextualLoss(num_neighbors=2))
+        >>> loss = loss_func(torch.randn(32, 8), torch.randn(32, 8))
+    """
+
+    @staticmethod
+    def supported_losses() -> list[str]:
+        return [*losses.SelfSupervisedLoss.supported_losses(), "ContextualLoss"]
