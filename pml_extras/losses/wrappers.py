@@ -36,7 +36,8 @@ class CrossBatchMemory(losses.CrossBatchMemory):
 class SelfSupervisedLoss(losses.SelfSupervisedLoss):
     """PML's ``SelfSupervisedLoss``, which takes :class:`ContextualLoss` too.
 
-    Every sample is a class of two, itself and its augmentation: use ``num_neighbors=2``.
+    Every sample is a class of two, itself and its augmentation: use ``num_neighbors=2``, or 1 with
+    ``symmetric=False``, where the references hold one of the two.
 
     Example:
         >>> import torch
