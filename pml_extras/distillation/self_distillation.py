@@ -27,9 +27,10 @@ class SelfDistillation(ShowsSettings, BaseLossWrapper, ModuleWithRecords):
     your own, call :meth:`end_epoch` at the end of each epoch.
 
     Args:
-        loss: any loss called as PML's: also CrossBatchMemory, DistributedLossWrapper,
-        MultipleLosses. teacher: a :class:`SnapshotTeacher` or :class:`EMATeacher` of the network in
-        training. num_epochs: T >= 1. From epoch T on, the weight stays at alpha.
+        loss: any loss called as PML's, a CrossBatchMemory, DistributedLossWrapper or MultipleLosses
+            among them.
+        teacher: a :class:`SnapshotTeacher` or :class:`EMATeacher` of the network in training.
+        num_epochs: T >= 1. From epoch T on, the weight stays at alpha.
         alpha: >= 0. The authors use 50 to 200, and up to 1000 in later work.
         temperature: > 0, in units of cosine similarity.
         **kwargs: PML's ``collect_stats``. Statistics for the log: ``base_loss``,

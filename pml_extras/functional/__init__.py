@@ -4,6 +4,7 @@ from .center_contrastive_loss import center_contrastive_loss
 from .class_interference import class_interference
 from .class_means import moving_class_means
 from .contextual_loss import contextual_loss, contrastive_loss, mean_similarity_loss
+from .contextual_neighbors import ReferenceGraph, contextual_neighbors, reference_graph
 from .contextual_pairs import ClassVote, class_vote, contextual_pairs
 from .contextual_similarity import (
     contextual_similarity,
@@ -28,6 +29,9 @@ __all__ = [
     "ClassVote",
     "class_vote",
     "contextual_pairs",
+    "ReferenceGraph",
+    "contextual_neighbors",
+    "reference_graph",
     "exact_copies",
     "row_fingerprints",
     "pairwise_cosine",

@@ -51,8 +51,8 @@ class CenterContrastiveLoss(ShowsSettings, WeightRegularizerMixin, BaseMetricLos
         margin: m >= 0, in units of cosine similarity.
         center_weight: :math:`\lambda` >= 0.
         center_update: "gradient" or "average".
-        momentum: in [0, 1], how much of a center the "average" mode keeps at each batch of its
-        class. label_smoothing: in [0, 1), the share of the target that goes to all classes alike.
+        momentum: in [0, 1], how much of a center "average" mode keeps at each batch of its class.
+        label_smoothing: in [0, 1), the share of the target that goes to all classes alike.
         **kwargs: PML's ``reducer``, ``embedding_regularizer``, ``weight_regularizer`` (on the
             centers, "gradient" mode only), ``weight_init_func``, ``collect_stats``. For class
             weights use PML's ``ClassWeightedReducer``.

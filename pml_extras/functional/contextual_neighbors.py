@@ -1,0 +1,208 @@
+"""Nearest neighbours re-ordered by context, without a queries x references matrix."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ._precision import full_precision
+
+# How many numbers a block of queries may take at a time, besides its results.
+BLOCK = 1 << 24
+
+
+class ReferenceGraph(NamedTuple):
+    """What re-ranking needs to know of R references, k neighbours each."""
+
+    embeddings: Tensor
+    """(R, D), normalised."""
+    neighbors: Tensor
+    """(R, k) int64, the nearest references by cosine similarity, the reference itself first."""
+    similarity: Tensor
+    """(R, k), in the same order."""
+    opinion: Tensor
+    """(R, k): how far each of those neighbours shares the reference's neighbourhood, in [0, 1]."""
+    reciprocal: Tensor
+    """(R, h) bool: which of the first h = max(k // 2, 1) have the reference among their first h."""
+
+
+def nearest(query: Tensor, references: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest dot products of each query with the references, and whose they are.
+
+    Searched by faiss where it is installed and the tensors are on the CPU, by torch otherwise.
+    """
+    if (
+        importlib.util.find_spec("faiss")
+        and query.device.type == "cpu"
+        and query.dtype == torch.float32
+    ):
+        import faiss  # here, to stay light for those who search nothing
+
+        index = faiss.IndexFlatIP(references.shape[1])
+        index.add(references.contiguous().numpy())
+        similarity, indices = index.search(query.contiguous().numpy(), k)
+        return torch.from_numpy(similarity), torch.from_numpy(indices)
+    found = [
+        (query[rows] @ references.T).topk(k, dim=1) for rows in _blocks(len(query), len(references))
+    ]
+    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+
+
+@full_precision
+def reference_graph(references: Tensor, num_neighbors: int) -> ReferenceGraph:
+    """Find each reference's neighbours among the references and compare their neighbourhoods.
+
+    Args:
+        references: (R, D), any scale.
+        num_neighbors: k >= 1, the reference itself included; clamped to R.
+
+    Example:
+        >>> import torch
+        >>> references = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
+        >>> reference_graph(references, num_neighbors=2).neighbors
+        tensor([[0, 1],
+                [1, 0],
+                [2, 3],
+                [3, 2]])
+    """
+    unit = normalize(references.detach())
+    k = min(num_neighbors, len(unit))
+    half = max(k // 2, 1)
+    similarity, neighbors = nearest(unit, unit, k)
+    itself = torch.arange(len(unit), device=unit.device)[:, None]
+    similarity, neighbors = _put_first(itself, similarity, neighbors)
+
+    opinion = torch.empty_like(similarity)
+    for rows in _blocks(len(unit), len(unit) + k * k):
+        shared = _count_shared(neighbors[rows], neighbors, neighbors[rows])
+        opinion[rows] = _agreement(shared, k, len(unit))
+    first = neighbors[:, :half]
+    reciprocal = (neighbors[first, :half] == itself[:, :, None]).any(2)
+    return ReferenceGraph(unit, neighbors, similarity, opinion, reciprocal)
+
+
+@full_precision
+def contextual_neighbors(
+    query: Tensor,
+    graph: ReferenceGraph,
+    k: int,
+    num_candidates: int = 100,
+    distance_weight: float = 0.3,
+    query_indices: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Each query's nearest references, by a mix of contextual similarity and cosine distance.
+
+    .. math:: d_{qr} = (1 - w)\,(1 - S_{qr}) + w\,\tfrac12(1 - \cos_{qr})
+
+    with S the :func:`contextual_similarity_from_distances` (slack 0) of queries and references,
+    worked out for each query's nearest candidates alone. Neighbourhoods are lists of exactly k
+    references here: of equally distant ones at the end of a list, some are left out.
+
+    Args:
+        query: (Q, D), any scale.
+        graph: the references.
+        k: how many neighbours to return; clamped to R.
+        num_candidates: how many of the nearest references by cosine similarity to order anew, if
+            more than k. What lies beyond them counts as having no context in common.
+        distance_weight: w in [0, 1]. With 1, the order is by distance alone.
+        query_indices: (Q,) int64, where the queries are among the references, if they are.
+
+    Returns:
+        (Q, k) distances in [0, 1], ascending, and (Q, k) int64 indices of references. A query that
+        is a reference finds itself.
+
+    Source: ours, in the place of k-reciprocal re-ranking (Zhong et al. 2017, arXiv 1701.08398).
+
+    Example:
+        >>> import torch
+        >>> references = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
+        >>> graph = reference_graph(references, num_neighbors=2)
+        >>> contextual_neighbors(torch.tensor([[1.0, 0.3]]), graph, k=2)[1]
+        tensor([[1, 0]])
+    """
+    num_references, num_neighbors = graph.neighbors.shape
+    half = graph.reciprocal.shape[1]
+    k = min(k, num_references)
+    unit = normalize(query.detach())
+    similarity, candidates = nearest(
+        unit, graph.embeddings, min(max(k, num_candidates, num_neighbors), num_references)
+    )
+    if query_indices is not None:
+        similarity, candidates = _put_first(query_indices[:, None], similarity, candidates)
+    radius, half_radius = graph.similarity[:, -1], graph.similarity[:, half - 1]
+
+    distances = torch.empty_like(similarity)
+    for rows in _blocks(len(query), num_references + candidates.shape[1] * num_neighbors):
+        nearby, cosine = candidates[rows], similarity[rows]
+        near = nearby[:, :num_neighbors]
+        if query_indices is None:
+            trusts_back = cosine[:, :half] >= half_radius[nearby[:, :half]]
+            knows_back = cosine >= radius[nearby]
+        else:
+            own = query_indices[rows][:, None, None]
+            near = graph.neighbors[query_indices[rows]]
+            trusts_back = graph.reciprocal[query_indices[rows]]
+            knows_back = (graph.neighbors[nearby] == own).any(2)
+
+        # What the query's closest reciprocal neighbours think of each reference.
+        votes = trusts_back.to(cosine.dtype)
+        votes = votes / votes.sum(1, keepdim=True).clamp_min(1)
+        counsel = near[:, :half]
+        forth = cosine.new_zeros(len(nearby), num_references).scatter_add_(
+            1,
+            graph.neighbors[counsel].flatten(1),
+            (votes[:, :, None] * graph.opinion[counsel]).flatten(1),
+        )
+        # What each reference's closest reciprocal neighbours think of the query.
+        shared = _count_shared(near, graph.neighbors, nearby)
+        opinion = _agreement(shared, num_neighbors, num_references) * knows_back
+        of_query = cosine.new_zeros(len(nearby), num_references).scatter_(1, nearby, opinion)
+        asked = graph.reciprocal[nearby].to(cosine.dtype)
+        answers = _gather(of_query, graph.neighbors[nearby, :half])
+        back = (asked * answers).sum(2) / asked.sum(2).clamp_min(1)
+
+        context = (forth.gather(1, nearby) + back) / 2
+        distances[rows] = (1 - distance_weight) * (1 - context) + distance_weight * (1 - cosine) / 2
+    distances, order = distances.sort(dim=1, stable=True)
+    return distances[:, :k], candidates.gather(1, order)[:, :k]
+
+
+def _blocks(num_rows: int, width: int) -> Iterator[slice]:
+    size = max(1, BLOCK // width)
+    return (slice(start, start + size) for start in range(0, num_rows, size))
+
+
+def _put_first(itself: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Make each row's own index its first: rounding and duplicates can put others before it."""
+    is_own = indices == itself
+    place = torch.where(is_own.any(1), is_own.long().argmax(1), indices.shape[1] - 1)[:, None]
+    column = torch.arange(indices.shape[1], device=indices.device)
+    # Everything before the place moves back by one.
+    source = torch.where(column == 0, place, torch.where(column <= place, column - 1, column))
+    values, indices = values.gather(1, source), indices.gather(1, source)
+    indices[:, :1] = itself
+    values[:, 0] = torch.maximum(values[:, 0], values.amax(1))
+    return values, indices
+
+
+def _count_shared(near: Tensor, neighbors: Tensor, others: Tensor) -> Tensor:
+    """(B, L): how many of row b's k neighbours l has too, for (B, L) indices l of others."""
+    is_near = torch.zeros(len(near), len(neighbors), dtype=torch.bool, device=near.device)
+    is_near.scatter_(1, near, True)
+    return _gather(is_near, neighbors[others]).sum(2)
+
+
+def _gather(table: Tensor, indices: Tensor) -> Tensor:
+    """(B, L, k): the entries of row b of a (B, R) table at (B, L, k) indices."""
+    return table.gather(1, indices.flatten(1)).view(indices.shape)
+
+
+def _agreement(shared: Tensor, k: int, num_references: int) -> Tensor:
+    """As in contextual_similarity, from the size of the overlap alone."""
+    outside = num_references - k
+    return (shared / k + (outside - k + shared) / max(outside, 1)) / 2

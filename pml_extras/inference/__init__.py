@@ -1,0 +1,5 @@
+"""Inference, used as PML's own."""
+
+from .contextual_knn import ContextualKNN
+
+__all__ = ["ContextualKNN"]

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from pytorch_metric_learning.distances import CosineSimilarity
+from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+from pytorch_metric_learning.utils.inference import CustomKNN, InferenceModel
+
+from pml_extras.inference import ContextualKNN
+
+METRICS = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
+
+
+def mixture(num_classes=12, per_class=15, dim=16, noise=1.1):
+    labels = torch.arange(num_classes).repeat_interleave(per_class)
+    centers = torch.nn.functional.normalize(torch.randn(num_classes, dim))
+    spread = torch.nn.functional.normalize(torch.randn(len(labels), dim))
+    return centers[labels] + noise * spread, labels
+
+
+def accuracy(knn_func, *args, **kwargs):
+    calculator = AccuracyCalculator(include=METRICS, k="max_bin_count", knn_func=knn_func)
+    return calculator.get_accuracy(*args, **kwargs)
+
+
+def test_helps_retrieval_in_overlapping_classes():
+    x, labels = mixture()
+    plain = accuracy(CustomKNN(CosineSimilarity()), x, labels)
+    context = accuracy(ContextualKNN(num_neighbors=15), x, labels)
+    gain = context["mean_average_precision_at_r"] - plain["mean_average_precision_at_r"]
+    assert gain > 0.05
+
+
+def test_distance_weight_one_is_plain_search():
+    x, labels = mixture()
+    query, _ = mixture(per_class=3)
+    ours, plain = ContextualKNN(distance_weight=1.0), CustomKNN(CosineSimilarity())
+    assert torch.equal(ours(x, 10, x, True)[1], plain(x, 10, x, True)[1])
+    assert torch.equal(ours(query, 10, x)[1], plain(query, 10, x)[1])
+    assert accuracy(ours, x, labels) == accuracy(plain, x, labels)
+
+
+def test_query_in_a_larger_reference():
+    x, labels = mixture()
+    query, query_labels = x[:40], labels[:40]
+    found = ContextualKNN()(query, 20, x, True)[1]
+    assert found.shape == (40, 20)
+    assert not (found == torch.arange(40)[:, None]).any()
+    whole = ContextualKNN()(x, 20, x, True)[1]
+    assert torch.equal(found, whole[:40])
+    result = accuracy(ContextualKNN(), query, query_labels, x, labels, ref_includes_query=True)
+    assert 0 < result["precision_at_1"] <= 1
+
+
+@pytest.mark.parametrize("includes", [False, True])
+def test_more_neighbours_than_references(includes):
+    x, _ = mixture(num_classes=2, per_class=4)
+    distances, indices = ContextualKNN()(x, 50, x, includes)
+    assert indices.shape == distances.shape == (8, 8 - includes)
+
+
+def test_in_a_tester_and_an_inference_model(tmp_path):
+    x, labels = mixture()
+    data = torch.utils.data.TensorDataset(x, labels)
+    tester = GlobalEmbeddingSpaceTester(
+        accuracy_calculator=AccuracyCalculator(
+            include=METRICS, k="max_bin_count", knn_func=ContextualKNN()
+        ),
+        dataloader_num_workers=0,
+        data_device=torch.device("cpu"),
+    )
+    result = tester.test({"val": data}, 0, torch.nn.Identity())["val"]
+    assert result["precision_at_1_level0"] == accuracy(ContextualKNN(), x, labels)["precision_at_1"]
+
+    knn = ContextualKNN()
+    model = InferenceModel(torch.nn.Identity(), knn_func=knn, data_device=torch.device("cpu"))
+    model.train_knn(x[:100])
+    model.add_to_knn(x[100:])
+    expected = ContextualKNN()(x[:5], 7, x)
+    found = model.get_nearest_neighbors(x[:5], 7)
+    assert torch.equal(found[1], expected[1])
+
+    model.save_knn_func(tmp_path / "references.pt")
+    knn.reset()
+    with pytest.raises(ValueError, match="there are no references: give some, or call train"):
+        model.get_nearest_neighbors(x[:5], 7)
+    with pytest.raises(ValueError, match="no references to save"):
+        model.save_knn_func(tmp_path / "none.pt")
+    model.load_knn_func(tmp_path / "references.pt")
+    assert torch.equal(model.get_nearest_neighbors(x[:5], 7)[1], expected[1])
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("num_neighbors", 0), ("num_candidates", 0), ("distance_weight", 1.1)]
+)
+def test_settings(setting, value):
+    with pytest.raises(ValueError, match=f"^{setting} must .*, got {value!r}"):
+        ContextualKNN(**{setting: value})
+    assert repr(ContextualKNN(7, 50, 0.5)) == (
+        "ContextualKNN(num_neighbors=7, num_candidates=50, distance_weight=0.5)"
+    )

@@ -1,0 +1,3 @@
+from torch import Tensor
+
+def return_results(D: Tensor, I: Tensor, ref_includes_query: bool) -> tuple[Tensor, Tensor]: ...
