@@ -1,0 +1,134 @@
+"""Contracts under autocast, torch.compile, higher derivatives and vmap."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pml_extras import functional as f
+from pml_extras.losses import CenterContrastiveLoss, ContextualLoss, ListwiseDistillationLoss
+
+N, C, D = 24, 6, 8
+
+
+def pair_masks(labels):
+    same = labels[:, None] == labels
+    return same & ~torch.eye(len(labels), dtype=torch.bool), ~same
+
+
+def interference(x, c, y):
+    generator = None  # a Generator is no input that torch.compile can trace
+    return f.class_interference(x, y, c, torch.ones(C, dtype=torch.long), 0.2, generator=generator)
+
+
+FUNCTIONS = {
+    "center_contrastive_loss": lambda x, c, y: f.center_contrastive_loss(
+        x, c, y, label_smoothing=0.1, seen=torch.ones(C, dtype=torch.bool)
+    ),
+    "contextual_similarity": lambda x, c, y: f.contextual_similarity(f.pairwise_cosine(x)),
+    "contextual_similarity-references": lambda x, c, y: f.contextual_similarity(
+        f.pairwise_cosine(x, c), 3, 0.05, f.pairwise_cosine(c)
+    ),
+    "contextual_loss": lambda x, c, y: f.contextual_loss(f.pairwise_cosine(x), y),
+    "contrastive_loss": lambda x, c, y: f.contrastive_loss(f.pairwise_cosine(x), *pair_masks(y)),
+    "mean_similarity_loss": lambda x, c, y: f.mean_similarity_loss(x, 0.25, c),
+    "listwise_kl": lambda x, c, y: f.listwise_kl(x, x.relu(), 0.5, include_self=False),
+    "class_interference": interference,
+    "moving_class_means": lambda x, c, y: f.moving_class_means(
+        c.detach(), torch.ones(C, dtype=torch.long), x, y, 0.9, normalize=True
+    )[0],
+    "exact_copies": lambda x, c, y: f.exact_copies(x, c),
+    "pairwise_cosine": lambda x, c, y: f.pairwise_cosine(x, c),
+}
+
+
+@pytest.fixture
+def inputs():
+    x = torch.randn(N, D, requires_grad=True)
+    return x, torch.randn(C, D, requires_grad=True), torch.arange(C).repeat_interleave(N // C)
+
+
+def value_and_gradients(function, inputs, autocast=None):
+    torch.manual_seed(0)
+    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+        value = function(*inputs)
+    if not value.requires_grad:
+        return [value]
+    weights = torch.linspace(0.5, 1.5, value.numel()).view(value.shape)
+    grads = torch.autograd.grad((value * weights).sum(), inputs[:2], allow_unused=True)
+    return [value, *(g for g in grads if g is not None)]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_compiles_without_graph_breaks_to_the_same_values(name, inputs):
+    torch._dynamo.reset()
+    # aot_eager traces forward and backward as inductor does, without a C++ compiler.
+    compiled = torch.compile(FUNCTIONS[name], backend="aot_eager", fullgraph=True)
+    expected = value_and_gradients(FUNCTIONS[name], inputs)
+    actual = value_and_gradients(compiled, inputs)
+    assert len(actual) == len(expected)
+    if name == "class_interference":  # other draws: the compiler has random numbers of its own
+        assert actual[0].shape == expected[0].shape
+        assert torch.allclose(actual[0].norm(dim=1), torch.ones(N))
+        return
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.allclose(a, e, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_autocast_changes_nothing(name, inputs, dtype):
+    expected = value_and_gradients(FUNCTIONS[name], inputs)
+    actual = value_and_gradients(FUNCTIONS[name], inputs, autocast=dtype)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == e.dtype
+        assert torch.allclose(a, e, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments"),
+    [
+        (lambda: CenterContrastiveLoss(C, D), {}),
+        (lambda: CenterContrastiveLoss(C, D, center_update="average"), {}),
+        (ContextualLoss, {}),
+        (ListwiseDistillationLoss, {"ref_emb": torch.randn(N, D)}),
+    ],
+)
+def test_losses_in_an_autocast_training_step(make, arguments, inputs):
+    x, _, labels = inputs
+    torch.manual_seed(0)
+    model, loss_func = torch.nn.Linear(D, D), make()
+    expected = loss_func(model(x), labels, **arguments)
+    loss_func = make()
+    torch.manual_seed(0)
+    model, loss_func = torch.nn.Linear(D, D), make()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = loss_func(model(x), labels, **arguments)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=2e-2)
+    for p in (*model.parameters(), *loss_func.parameters(), *loss_func.buffers()):
+        assert not p.is_floating_point() or p.dtype == torch.float32
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["center_contrastive_loss", "mean_similarity_loss"])
+def test_smooth_functions_have_second_derivatives(name):
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    c = torch.randn(C, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x, c: FUNCTIONS[name](x, c, torch.arange(5)), (x, c))
+
+
+def test_divergence_has_second_derivatives_with_respect_to_the_student():
+    x, teacher = torch.randn(2, 5, 3, dtype=torch.float64)
+    function = lambda x: f.listwise_kl(x, teacher, 0.5)  # noqa: E731
+    assert torch.autograd.gradgradcheck(function, x.requires_grad_())
+
+
+def test_vmap_over_batches():
+    x, c, y = torch.randn(3, N, D), torch.randn(C, D), torch.arange(N) % C
+    stacked = torch.vmap(lambda x: f.center_contrastive_loss(x, c, y))(x)
+    expected = torch.stack([f.center_contrastive_loss(b, c, y) for b in x])
+    assert torch.allclose(stacked, expected, atol=1e-6)
+    stacked = torch.vmap(lambda x: f.listwise_kl(x, x.flip(1).relu()))(x)
+    expected = torch.stack([f.listwise_kl(b, b.flip(1).relu()) for b in x])
+    assert torch.allclose(stacked, expected, atol=1e-6)
