@@ -1,0 +1,184 @@
+"""The pictures that a run leaves behind. Drawn off screen, so that no display is needed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from datasets import Images
+from matplotlib.axes import Axes
+from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+RIGHT, WRONG, INK, MUTED = "#2a9d4a", "#d1343f", "#222222", "#777777"
+METRICS = {
+    "precision_at_1": "precision@1",
+    "r_precision": "R-precision",
+    "mean_average_precision_at_r": "MAP@R",
+}
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": MUTED,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "legend.frameon": False,
+    "figure.dpi": 130,
+    "savefig.bbox": "tight",
+}
+
+
+def training_curves(path: Path, history: Sequence[dict[str, Any]], best_epoch: int) -> None:
+    """The loss of each epoch, and how well held-out images of seen classes are retrieved."""
+    epochs = [row["epoch"] for row in history]
+    trained = [row for row in history if row["epoch"] > 0]
+    with plt.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+        left.plot(
+            [row["epoch"] for row in trained],
+            [row["loss"] for row in trained],
+            color=INK,
+            marker=".",
+        )
+        left.set(title="Training loss", xlabel="epoch", ylabel="mean loss of the epoch")
+        for (key, label), color in zip(
+            METRICS.items(), ("#4878cf", "#e8872b", "#6a3d9a"), strict=True
+        ):
+            right.plot(epochs, [row[key] for row in history], color=color, marker=".", label=label)
+        right.axvline(best_epoch, color=MUTED, linestyle=":", label=f"best: epoch {best_epoch}")
+        right.set(title="Validation (held-out images of seen classes)", xlabel="epoch")
+        right.set_ylabel("accuracy")
+        right.legend(frameon=True, framealpha=0.9, edgecolor="none")
+        for axes in (left, right):
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def retrieval_board(
+    path: Path, images: Images, before: Tensor, after: Tensor, seed: int, rows: int = 8, k: int = 5
+) -> None:
+    """Queries, with their nearest images before and after training, right or wrong.
+
+    The queries are drawn at random among those with a mistake before *or* after: where retrieval is
+    perfect both times there is nothing to see.
+    """
+    k = min(k, len(images) - 1)
+    queries = _telling_queries(images, before, after, seed, rows, k)
+    # One pair of axes, a tile of it an image: a hundred axes would take seconds.
+    blocks = [(1.4, "before", before), (1.8 + k, "after", after)]
+    width = 1.8 + 2 * k
+    with plt.rc_context(STYLE):
+        figure = plt.figure(figsize=(0.8 * width, 0.8 * (len(queries) + 1.1)))
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.set_axis_off()
+        axes.text(0.05, -0.6, "Unseen classes: queries drawn among those with a mistake before or "
+                  "after training", color=MUTED)  # fmt: skip
+        axes.text(0.05, -0.15, "query", weight="bold", size=11)
+        for x, when, _ in blocks:
+            axes.text(x + 0.05, -0.15, f"{k} nearest {when} training", weight="bold", size=11)
+        axes.text(width - 0.05, -0.3, "another class", color=WRONG, ha="right")
+        axes.text(width - 0.05, -0.6, "same class", color=RIGHT, ha="right")
+        for row, query in enumerate(queries):
+            _tile(axes, images, query, 0, row, None)
+            for x, _, embeddings in blocks:
+                for column, index in enumerate(_nearest(embeddings, [query], k)[0].tolist()):
+                    right = images.labels[index] == images.labels[query]
+                    _tile(axes, images, index, x + column, row, RIGHT if right else WRONG)
+        axes.set(xlim=(-0.1, width + 0.1), ylim=(len(queries) + 0.1, -1))
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def embedding_map(
+    path: Path, images: Images, before: Tensor, after: Tensor, seed: int, max_classes: int = 10
+) -> None:
+    """Up to ten unseen classes in two dimensions (t-SNE of cosine distances), before and after."""
+    generator = np.random.default_rng(seed)
+    labels = np.array(images.labels)
+    classes = np.unique(labels)
+    if len(classes) > max_classes:
+        classes = np.sort(generator.choice(classes, max_classes, replace=False))
+    chosen = np.flatnonzero(np.isin(labels, classes))
+    chosen = np.sort(generator.permutation(chosen)[:1000])
+    with plt.rc_context({**STYLE, "axes.grid": False}):
+        figure, both = plt.subplots(1, 2, figsize=(11, 5.2), layout="constrained")
+        panels = (("Before training", before), ("After training", after))
+        for axes, (title, embeddings) in zip(both, panels, strict=True):
+            points = _two_dimensions(embeddings[torch.from_numpy(chosen)].numpy(), seed)
+            for color, label in enumerate(classes):
+                mask = labels[chosen] == label
+                axes.scatter(*points[mask].T, s=14, color=plt.cm.tab10(color), linewidths=0,
+                             alpha=0.85, label=_short(images.names[label]))  # fmt: skip
+            axes.set(title=title, xticks=[], yticks=[])
+            axes.set_aspect("equal", adjustable="datalim")
+            axes.spines[:].set_visible(True)
+        figure.legend(*both[0].get_legend_handles_labels(), loc="outside lower center",
+                      ncols=5, markerscale=2)  # fmt: skip
+        figure.suptitle(
+            f"{len(classes)} classes that training never saw, t-SNE of {len(chosen)} images"
+        )
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def _telling_queries(
+    images: Images, before: Tensor, after: Tensor, seed: int, rows: int, k: int
+) -> list[int]:
+    """Random queries, one a class in turn, first those with a mistake before or after."""
+    candidates = np.random.default_rng(seed).permutation(len(images))[:500].tolist()
+    labels = torch.tensor(images.labels)
+    neighbours = torch.cat([_nearest(e, candidates, k) for e in (before, after)], dim=1)
+    flawless = (labels[neighbours] == labels[candidates][:, None]).all(dim=1).tolist()
+    earlier: Counter[tuple[bool, int]] = Counter()
+    order = []
+    for index, perfect in zip(candidates, flawless, strict=True):
+        group = (perfect, images.labels[index])
+        order.append((perfect, earlier[group], index))  # its turn among its class
+        earlier[group] += 1
+    chosen = [index for *_, index in sorted(order, key=lambda item: item[:2])[:rows]]
+    return sorted(chosen, key=lambda index: images.labels[index])
+
+
+def _nearest(embeddings: Tensor, queries: Sequence[int], k: int) -> Tensor:
+    similarity = embeddings[list(queries)] @ embeddings.T
+    similarity[torch.arange(len(queries)), list(queries)] = -torch.inf
+    return similarity.topk(k).indices
+
+
+def _tile(axes: Axes, images: Images, index: int, x: float, y: float, frame: str | None) -> None:
+    picture = images.picture(index).permute(1, 2, 0).numpy()
+    edges = (x + 0.05, x + 0.95, y + 0.95, y + 0.05)
+    if picture.shape[2] == 1:  # ink on paper
+        axes.imshow(picture[..., 0], cmap="gray_r", vmin=0, vmax=255, extent=edges, aspect="auto")
+    else:
+        axes.imshow(picture, extent=edges, aspect="auto")
+    if frame:
+        axes.add_patch(plt.Rectangle((x + 0.05, y + 0.05), 0.9, 0.9, fill=False, ec=frame, lw=3))
+
+
+def _two_dimensions(embeddings: np.ndarray, seed: int) -> np.ndarray:
+    perplexity = min(30.0, (len(embeddings) - 1) / 3)
+    tsne = TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=seed)
+    # Its threads wait for one another by spinning: on a busy machine two take eight times as long.
+    with threadpool_limits(1):
+        points: np.ndarray = tsne.fit_transform(embeddings)
+    return points
+
+
+def _short(name: str, length: int = 22) -> str:
+    return name if len(name) <= length else f"…{name[1 - length :]}"

@@ -1,0 +1,434 @@
+"""Each dataset in each format its authors, or ours, publish it in, made up and tiny."""
+
+import io
+import json
+import os
+import pickle
+import tarfile
+import urllib.error
+import zipfile
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import train
+from datasets import UserError
+from PIL import Image
+
+SHARED = Path(
+    os.environ.get("PML_EXTRAS_DATA", Path(__file__).parents[3] / "shared" / "data")
+)  # the real arrays, where there are any
+
+
+def picture(path, color, size=(12, 10), mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, color).save(path)
+
+
+def colours(classes, root, names="class{:02}", images=6):
+    """A directory of plain images a class, each class in a colour of its own."""
+    for c in range(classes):
+        for i in range(images):
+            picture(root / names.format(c) / f"{i}.png", (20 * c, 255 - 20 * c, 40 * i))
+
+
+def trains(tmp_path, *arguments):
+    """One epoch by the main example, in batches that tiny datasets can fill."""
+    command = ["--out", str(tmp_path / "run"), "--epochs", "1", "--batch-size", "4"]
+    command += ["--samples-per-class", "2", "--image-size", "16", "--loss", "contrastive"]
+    assert train.main([*command, *map(str, arguments)]) == 0
+    return json.loads((tmp_path / "run" / "results.json").read_text())
+
+
+# ---- digits
+
+
+def test_digits():
+    data = datasets.digits()
+    assert data.test.names == ["5", "6", "7", "8", "9"]
+    assert len(data.test) == 896
+    assert len(data.train) == 8 * 901
+    assert len(data.train.names) == 40
+    # The second way is a quarter turn; the fifth is the first, mirrored.
+    source = data.train.source
+    assert torch.equal(source[901], source[0].rot90(1, (1, 2)))
+    assert torch.equal(source[4 * 901], source[0].flip(2))
+    image, label = data.test[0]
+    assert image.shape == (1, 8, 8)
+    assert (image.min(), image.max()) == (-1, 1)
+    assert label == 0
+
+
+# ---- folder
+
+
+def test_folder_halves_the_classes(tmp_path):
+    colours(5, tmp_path)
+    data = datasets.folder(tmp_path, image_size=16)
+    assert data.train.names == ["class00", "class01", "class02"]
+    assert data.test.names == ["class03", "class04"]
+    assert data.train.labels == [0] * 6 + [1] * 6 + [2] * 6
+    pixels = data.test.picture(0)
+    assert pixels.shape == (3, 16, 16)
+    assert pixels[:, 0, 0].tolist() == [60, 195, 0]
+
+
+def test_folder_with_train_and_test(tmp_path):
+    colours(3, tmp_path / "data" / "train", "seen{}")
+    colours(2, tmp_path / "data" / "test", "unseen{}")
+    results = trains(tmp_path, "--dataset", "folder", "--data-root", tmp_path / "data")
+    assert results["config"]["image_size"] == 16
+    data = datasets.folder(tmp_path / "data", 16)
+    assert (data.train.names, data.test.names) == (
+        ["seen0", "seen1", "seen2"],
+        ["unseen0", "unseen1"],
+    )
+
+
+def refuse(capsys, tmp_path, root, *arguments):
+    out = tmp_path / "run"
+    command = ["--dataset", "folder", "--data-root", str(root), "--out", str(out), *arguments]
+    assert train.main(command) == 2
+    assert not out.exists()
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_folders_that_cannot_serve_are_refused(tmp_path, capsys):
+    root = tmp_path / "data"
+    colours(4, root)
+    for image in list((root / "class03").iterdir())[1:]:
+        image.unlink()
+    assert "class class03 has one image" in refuse(capsys, tmp_path, root)
+    next((root / "class03").iterdir()).unlink()
+    assert "class03 holds no images" in refuse(capsys, tmp_path, root)
+    (root / "class03").rmdir()
+    assert "2 classes to train and 1 unseen" in refuse(capsys, tmp_path, root)
+    colours(2, root / "train")
+    colours(3, root / "test")
+    assert "class class00 is in both train/ and test/" in refuse(capsys, tmp_path, root)
+
+
+def test_classes_too_small_to_validate_on_are_refused(tmp_path, capsys):
+    colours(4, tmp_path / "data", images=3)
+    line = refuse(capsys, tmp_path, tmp_path / "data")
+    assert "no training class has four images" in line
+
+
+def test_a_broken_image_is_named_also_from_a_worker(tmp_path, capsys):
+    colours(4, tmp_path / "data")
+    (tmp_path / "data" / "class03" / "0.png").write_bytes(b"no image")
+    for workers in ("0", "1"):
+        command = ["--dataset", "folder", "--data-root", str(tmp_path / "data")]
+        command += ["--out", str(tmp_path / "run"), "--workers", workers]
+        assert train.main([*command, "--samples-per-class", "2", "--batch-size", "4"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("train.py: error: cannot read the image")
+        assert "0.png" in line
+        assert not (tmp_path / "run").exists()
+
+
+def test_flip_mirrors_some_of_the_images():
+    pixels = torch.arange(6, dtype=torch.uint8).reshape(1, 1, 1, 6)
+    images = datasets.Images(pixels, [0], ["a"], 6, flip=True)
+    torch.manual_seed(0)
+    seen = [images[0][0] for _ in range(100)]
+    plain = datasets.replace(images, flip=False)[0][0]
+    mirrored = sum(torch.equal(image, plain.flip(2)) for image in seen)
+    assert sum(torch.equal(image, plain) for image in seen) == 100 - mirrored
+    assert 30 < mirrored < 70
+
+
+# ---- Holding out, and wrong labels.
+
+
+def test_hold_out_takes_every_fifth_and_leaves_pairs():
+    sizes = [20, 11, 9, 4, 3, 2]
+    labels = [c for c, size in enumerate(sizes) for _ in range(size)]
+    pixels = torch.arange(len(labels), dtype=torch.uint8).reshape(-1, 1, 1, 1)
+    images = datasets.Images(pixels, labels, list("abcdef"), 1)
+    kept, held = datasets.hold_out(images)
+    assert np.bincount(held.labels, minlength=6).tolist() == [4, 2, 2, 2, 0, 0]
+    assert np.bincount(kept.labels, minlength=6).tolist() == [16, 9, 7, 2, 3, 2]
+    both = torch.cat([kept.source, held.source]).flatten().tolist()
+    assert sorted(both) == list(range(len(labels)))  # each image on one side
+
+
+def test_label_noise_is_symmetric_exact_and_seeded():
+    labels = [0] * 3000 + [1] * 3000 + [2] * 3000 + [3] * 3000
+    images = datasets.Images(torch.zeros(12000, 1, 1, 1), labels, list("abcd"), 1)
+    noisy = datasets.with_label_noise(images, 0.3, seed=1)
+    before, after = np.array(labels), np.array(noisy.labels)
+    assert (before != after).sum() == 3600
+    counts = np.zeros((4, 4))
+    np.add.at(counts, (before, after), 1)
+    wrong = counts[~np.eye(4, dtype=bool)]
+    assert wrong == pytest.approx(np.full(12, 300), abs=75)  # more than four standard deviations
+    assert noisy.labels == datasets.with_label_noise(images, 0.3, seed=1).labels
+    assert noisy.labels != datasets.with_label_noise(images, 0.3, seed=2).labels
+    assert datasets.with_label_noise(images, 0.0, seed=1).labels == labels
+
+
+# ---- Omniglot
+
+
+def characters(root, alphabet, count, drawings=4):
+    for c in range(count):
+        for i in range(drawings):
+            image = Image.new("1", (105, 105), 1)
+            image.paste(0, (10 + 15 * c, 20, 30 + 15 * c, 80))
+            path = root / alphabet / f"character{c + 1:02}" / f"{c:04}_{i:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+
+
+def zipped(folder):
+    with zipfile.ZipFile(folder.with_suffix(".zip"), "w") as archive:
+        for path in folder.rglob("*.png"):
+            archive.write(path, path.relative_to(folder.parent))
+
+
+@pytest.mark.parametrize("form", ["folders", "zip files"])
+def test_omniglot_as_published(tmp_path, form):
+    characters(tmp_path / "images_background", "Futurama", 3)
+    characters(tmp_path / "images_evaluation", "Tengwar", 2)
+    if form == "zip files":
+        for part in ("images_background", "images_evaluation"):
+            zipped(tmp_path / part)
+            (tmp_path / part).rename(tmp_path / f"not_{part}")
+    data = datasets.omniglot(tmp_path)
+    assert data.train.names == [f"Futurama/character{i:02}" for i in (1, 2, 3)]
+    assert data.test.names == ["Tengwar/character01", "Tengwar/character02"]
+    assert data.train.labels == [0] * 4 + [1] * 4 + [2] * 4
+    assert data.train.source.shape == (12, 1, 28, 28)
+    image = data.train.picture(0)[0]
+    assert image[10, 5] == 255  # ink
+    assert image[0, 0] == 0
+    assert image.float().mean() == pytest.approx(255 * 20 * 60 / 105**2, rel=0.02)
+
+
+def test_omniglot_as_one_array(tmp_path):
+    y = np.repeat(np.arange(5), 4)
+    x = np.broadcast_to((10 * y).astype(np.uint8)[:, None, None], (20, 28, 28))
+    names = np.array([f"A/character{i}" for i in range(5)])
+    np.savez(tmp_path / "omniglot28.npz", x=x, y=y, is_eval=y >= 3, class_names=names)
+    data = datasets.omniglot(tmp_path)
+    assert data.train.labels == [0] * 4 + [1] * 4 + [2] * 4
+    assert data.test.names == ["A/character3", "A/character4"]
+    assert data.test.picture(4).unique().tolist() == [40]
+
+
+# ---- CIFAR-100
+
+
+def cifar_files(folder):
+    folder.mkdir(parents=True)
+    for part, images in (("train", 3), ("test", 1)):
+        labels = [c for c in (0, 1, 49, 50, 99) for _ in range(images)]
+        data = np.zeros((len(labels), 3072), np.uint8)
+        data[:, 1024:2048] = np.array(labels)[:, None]  # the green of it
+        content = {b"data": data, b"fine_labels": labels, b"coarse_labels": labels}
+        (folder / part).write_bytes(pickle.dumps(content, protocol=2))
+    meta = {b"fine_label_names": [b"name%d" % i for i in range(100)]}
+    (folder / "meta").write_bytes(pickle.dumps(meta, protocol=2))
+
+
+@pytest.mark.parametrize("form", ["folder", "archive"])
+def test_cifar100_as_published(tmp_path, form):
+    cifar_files(tmp_path / "cifar-100-python")
+    if form == "archive":
+        with tarfile.open(tmp_path / "cifar-100-python.tar.gz", "w:gz") as tar:
+            tar.add(tmp_path / "cifar-100-python", "cifar-100-python")
+        (tmp_path / "cifar-100-python").rename(tmp_path / "elsewhere")
+    data = datasets.cifar100(tmp_path)
+    assert data.train.names == ["name0", "name1", "name49"]
+    assert data.test.names == ["name50", "name99"]
+    assert np.bincount(data.train.labels).tolist() == [4, 4, 4]
+    last = data.test.picture(len(data.test) - 1)
+    assert last.shape == (3, 32, 32)
+    assert [channel.unique().tolist() for channel in last] == [[0], [99], [0]]
+
+
+def test_cifar100_as_one_array(tmp_path):
+    y = np.array([0, 0, 0, 49, 49, 50, 50, 50, 99, 99], np.uint8)
+    x = np.zeros((10, 32, 32, 3), np.uint8)
+    x[..., 1] = y[:, None, None]
+    names = np.array([f"name{i}" for i in range(100)])
+    arrays = {"train_x": x, "train_y": y, "test_x": x, "test_y": y, "class_names": names}
+    np.savez(tmp_path / "cifar100_subset.npz", **arrays)
+    data = datasets.cifar100(tmp_path)
+    assert data.test.names == ["name50", "name99"]
+    assert np.bincount(data.test.labels).tolist() == [6, 4]
+    assert data.test.picture(3)[1].unique().tolist() == [99]
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.system, ("echo harm",)
+
+
+def test_a_cifar_pickle_cannot_run_code(tmp_path):
+    cifar_files(tmp_path / "cifar-100-python")
+    (tmp_path / "cifar-100-python" / "meta").write_bytes(pickle.dumps(Harmful()))
+    with pytest.raises(UserError, match=r"system has no place in a CIFAR file"):
+        datasets.cifar100(tmp_path)
+
+
+# ---- What PML has loaders for.
+
+
+def make_cub(root):
+    lines = [(c, f"{c:03}.Bird/{i}.jpg") for c in (1, 2, 100, 101, 200) for i in range(6)]
+    base = root / "CUB_200_2011"
+    for c, name in lines:
+        picture(base / "images" / name, (c, 0, 0))
+    (base / "images.txt").write_text("".join(f"{n} {p}\n" for n, (_, p) in enumerate(lines, 1)))
+    labels = "".join(f"{n} {c}\n" for n, (c, _) in enumerate(lines, 1))
+    (base / "image_class_labels.txt").write_text(labels)
+
+
+def make_cars196(root):
+    root.mkdir(parents=True)
+    (root / "names.csv").write_text("".join(f"Car {i}/x\n" for i in range(1, 197)))
+    for part, numbers in (("train", range(4)), ("test", range(4, 6))):
+        rows = [(c, f"{c}_{i}.jpg") for c in (1, 2, 98, 99, 196) for i in numbers]
+        for c, name in rows:
+            picture(root / "car_data" / "car_data" / part / f"Car {c}-x" / name, (c, 0, 0))
+        annotations = "".join(f"{name},1,2,3,4,{c}\n" for c, name in rows)
+        (root / f"anno_{part}.csv").write_text(annotations)
+
+
+def make_sop(root):
+    base = root / "Stanford_Online_Products"
+    for part, classes in (("train", (1, 2, 3)), ("test", (11, 12))):
+        lines = ["image_id class_id super_class_id path"]
+        for c in classes:
+            for i in range(6):
+                picture(base / "bicycle_final" / f"{c}_{i}.JPG", (c, 0, 0))
+                lines.append(f"{len(lines)} {c} 1 bicycle_final/{c}_{i}.JPG")
+        (base / f"Ebay_{part}.txt").write_text("\n".join(lines) + "\n")
+
+
+def make_inaturalist(root):
+    (root / "Inat_dataset_splits").mkdir(parents=True)
+    images, annotations = [], []
+    for part, classes in (("train", (10, 11, 12)), ("test", (20, 21))):
+        names = [f"train_val2018/Birds/{c}/{i}.jpg" for c in classes for i in range(6)]
+        for name in names:
+            picture(root / name, (int(name.split("/")[2]), 0, 0))
+            images.append({"file_name": name, "id": len(images)})
+            label = int(name.split("/")[2])
+            annotations.append({"image_id": len(annotations), "category_id": label})
+        split = root / "Inat_dataset_splits" / f"Inaturalist_{part}_set1.txt"
+        split.write_text("\n".join(names) + "\n")
+    everything = {"images": images, "annotations": annotations}
+    (root / "train2018.json").write_text(json.dumps(everything))
+    (root / "val2018.json").write_text(json.dumps({"images": [], "annotations": []}))
+
+
+MAKERS = {
+    "cub": make_cub,
+    "cars196": make_cars196,
+    "sop": make_sop,
+    "inaturalist": make_inaturalist,
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_datasets_of_pml(tmp_path, name):
+    root = tmp_path / "data" / name  # found in a folder of its name
+    MAKERS[name](root)
+    data = datasets.load(name, tmp_path / "data", image_size=16)
+    assert np.bincount(data.train.labels).tolist() == [6, 6, 6]
+    assert np.bincount(data.test.labels).tolist() == [6, 6]
+    assert len(set(data.train.names + data.test.names)) == 5
+    again = datasets.load(name, root, image_size=16)  # or in the directory itself
+    assert again.train.source == data.train.source
+    results = trains(tmp_path, "--dataset", name, "--data-root", tmp_path / "data")
+    assert results["after"]["precision_at_1"] >= 0
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_missing_image_is_named(tmp_path, name):
+    MAKERS[name](tmp_path / "data")
+    gone = sorted(p for p in (tmp_path / "data").rglob("*") if p.suffix.lower() == ".jpg")[-1]
+    gone.unlink()
+    with pytest.raises(UserError, match=rf"the image .*{gone.name} is missing"):
+        datasets.load(name, tmp_path / "data", image_size=16)
+
+
+# ---- Downloads, without a network.
+
+IN_ARCHIVES = ["omniglot", "cifar100"]
+
+
+@pytest.mark.parametrize("name", [*IN_ARCHIVES, *MAKERS])
+def test_a_missing_dataset_says_how_to_get_it(tmp_path, name):
+    with pytest.raises(UserError, match=r"is missing; .*--download"):
+        datasets.load(name, tmp_path, image_size=16)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", [*IN_ARCHIVES, *MAKERS])
+def test_a_download_that_fails_leaves_nothing(tmp_path, monkeypatch, name):
+    def no_network(*args, **kwargs):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    with pytest.raises(UserError, match=r"could not download.*no route to host"):
+        datasets.load(name, tmp_path, image_size=16, download=True)
+    assert not list(tmp_path.iterdir())
+
+
+class Response(io.BytesIO):
+    @property
+    def length(self):
+        return len(self.getvalue())
+
+
+@pytest.mark.parametrize("name", ["omniglot", "cub"])
+def test_a_download(tmp_path, monkeypatch, name):
+    made, root = tmp_path / "made", tmp_path / "root"
+    archives = {}
+    if name == "omniglot":
+        for part, count in (("images_background", 3), ("images_evaluation", 2)):
+            characters(made / part, "A", count)
+            zipped(made / part)
+            archives[f"{part}.zip"] = (made / f"{part}.zip").read_bytes()
+    else:
+        make_cub(made)
+        with tarfile.open(made / "cub.tgz", "w:gz") as tar:
+            tar.add(made / "CUB_200_2011", "CUB_200_2011")
+        archives["CUB_200_2011.tgz"] = (made / "cub.tgz").read_bytes()
+
+    def urlopen(request, **kwargs):
+        url = getattr(request, "full_url", request)
+        return Response(archives[url.split("/")[-1]])
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    data = datasets.load(name, root, image_size=16, download=True)
+    assert len(data.train.names) == 3
+    monkeypatch.undo()
+    assert len(datasets.load(name, root, image_size=16).test.names) == 2  # it stays
+
+
+# ---- The real arrays.
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "train_images", "train_classes", "test_images", "test_classes"),
+    [
+        ("omniglot", "omniglot28.npz", 19280, 964, 13180, 659),
+        ("cifar100", "cifar100_subset.npz", 10000, 50, 10000, 50),
+    ],
+)
+def test_real_arrays(name, file, train_images, train_classes, test_images, test_classes):
+    if not (SHARED / file).is_file():
+        pytest.skip(f"no {SHARED / file}; set PML_EXTRAS_DATA to the directory that holds it")
+    data = datasets.load(name, SHARED, image_size=16)
+    assert (len(data.train), len(data.train.names)) == (train_images, train_classes)
+    assert (len(data.test), len(data.test.names)) == (test_images, test_classes)
+    assert 0 < data.train.picture(0).float().mean() < 255
+    assert not set(data.train.names) & set(data.test.names)
