@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from typing import Any
 
 import torch
@@ -11,13 +12,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .._component import require
 
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+MOST_PASSES = 8  # what is remembered of them where no loss ever asks
+
 
 class Teacher:
     """Embeds, with an earlier self of the network, whatever the network has just embedded.
 
-    Losses receive embeddings, and a teacher needs the inputs. So it watches the trunk: each forward
-    pass with gradients enabled is remembered until the loss asks for the teacher's embeddings of
-    the same inputs. Passes without gradients (testers, batch miners) go unnoticed.
+    Losses receive embeddings, and a teacher needs the inputs. So it watches the trunk: the inputs
+    of forward passes with gradients enabled are remembered until the loss asks for the teacher's
+    embeddings of them. Passes without gradients (testers, batch miners) go unnoticed.
 
     A teacher is deliberately not a module: trainers would set it to train mode, and it would join
     the parameters and the checkpoint. It belongs to the one trunk it watches, so copies of a loss
@@ -35,7 +39,9 @@ class Teacher:
         self._trunk = trunk
         self._student = torch.nn.Sequential(trunk, embedder or torch.nn.Identity())
         self.network: torch.nn.Module = copy.deepcopy(self._student).eval().requires_grad_(False)
-        self._batch: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        # The passes since a loss last asked: their inputs, or what the teacher made of them.
+        self._passes: deque[Inputs | Tensor] = deque(maxlen=MOST_PASSES)
+        self._asked = False
         # Only now: a copy made with the hook in place would have a teacher of its own.
         self._hook = trunk.register_forward_pre_hook(self._before_trunk, with_kwargs=True)
 
@@ -44,7 +50,9 @@ class Teacher:
     ) -> None:
         if trunk is self._trunk and torch.is_grad_enabled():
             self.before_training_pass()
-            self._batch = args, kwargs
+            if self._asked:
+                self.forget()
+            self._passes.append((args, kwargs))
 
     def before_training_pass(self) -> None:
         """Called before each pass of the network that is trained on."""
@@ -54,31 +62,42 @@ class Teacher:
 
     @torch.no_grad()
     def embed(self, num_samples: int) -> Tensor:
-        """The teacher's embeddings, (N, D), of the inputs of the network's latest training pass.
+        """The teacher's embeddings, (N, D), of what the network embedded last.
+
+        N samples may have come in several passes, as two views of a batch do. Several losses may
+        ask for the same.
 
         Raises:
-            RuntimeError: if there was no such pass since the last call, or it was of another number
-                of samples.
+            RuntimeError: if there was no pass, or the latest do not add up to N samples.
         """
-        if self._batch is None:
+        if not self._passes:
             raise RuntimeError(
                 "the teacher has seen no batch: the embeddings must come from a forward pass, with"
                 " gradients enabled, of the trunk it was made with"
             )
-        args, kwargs = self._batch
-        self.forget()
+        self._asked = True
         trunk, embedder = self.network.children()
-        embeddings: Tensor = embedder(trunk(*args, **kwargs))
+        found: list[Tensor] = []
+        for i in reversed(range(len(self._passes))):
+            made = self._passes[i]
+            if not isinstance(made, Tensor):
+                args, kwargs = made
+                made = self._passes[i] = embedder(trunk(*args, **kwargs))
+            found.insert(0, made)
+            if sum(map(len, found)) >= num_samples:
+                break
+        embeddings = torch.cat(found)
         if len(embeddings) != num_samples:
             raise RuntimeError(
-                f"the trunk's latest pass was of {len(embeddings)} samples, but the loss has"
-                f" {num_samples} embeddings"
+                f"the trunk's latest passes were of {[len(e) for e in found]} samples, but the loss"
+                f" has {num_samples} embeddings"
             )
         return embeddings
 
     def forget(self) -> None:
-        """Let go of the batch remembered."""
-        self._batch = None
+        """Let go of the inputs remembered."""
+        self._passes.clear()
+        self._asked = False
 
     def remove(self) -> None:
         """Stop watching the trunk."""

@@ -196,7 +196,7 @@ def test_a_loss_without_its_batch_says_so():
     with pytest.raises(RuntimeError, match="the teacher has seen no batch"):
         run.loss(torch.randn(12, D), labels)
     f = run.embedder(run.trunk(x))
-    with pytest.raises(RuntimeError, match="pass was of 12 samples, but the loss has 11 embedd"):
+    with pytest.raises(RuntimeError, match=r"passes were of \[12\] samples, but the loss has 11"):
         run.loss(f[1:], labels[1:])
     run.teacher.remove()
     run.trunk(x)
@@ -204,13 +204,45 @@ def test_a_loss_without_its_batch_says_so():
         run.loss(f, labels)
 
 
-def test_batches_are_not_held_on_to():
+def test_inputs_are_not_held_on_to():
     run = Run()
     run.epoch()
-    assert run.teacher._batch is None
+    assert not run.teacher._passes
     run.loss.end_epoch()
     run.epoch()
-    assert run.teacher._batch is None
+    (embeddings,) = run.teacher._passes
+    assert embeddings.shape == (12, D)
+    for _ in range(20):  # and no loss asks
+        run.trunk(next(batches(1))[0])
+    assert len(run.teacher._passes) <= 8
+
+
+@pytest.mark.parametrize("sizes", [(12,), (5, 7), (4, 4, 4)])
+def test_samples_may_come_in_several_passes(sizes):
+    run = Run(num_epochs=1)
+    run.loss.end_epoch()
+    x, labels = next(batches(1))
+    run.trunk.eval()
+    run.trunk(torch.randn(3, 5))  # not the loss's
+    f = torch.cat([run.embedder(run.trunk(part)) for part in x.split(sizes)])
+    assert run.loss(f, labels) == ContrastiveLoss()(f, labels)
+    run.trunk(torch.randn(3, 5))
+    with pytest.raises(RuntimeError, match=r"passes were of \[3\] samples"):
+        run.loss(f, labels)
+
+
+def test_losses_may_share_a_teacher():
+    run = Run(num_epochs=1)
+    other = SelfDistillation(TripletMarginLoss(), run.teacher, num_epochs=1)
+    run.loss.end_epoch()
+    other.end_epoch()
+    x, labels = next(batches(1))
+    f = run.embedder(run.trunk(x))
+    assert torch.allclose(
+        run.loss(f, labels) - ContrastiveLoss()(f, labels),
+        other(f, labels) - TripletMarginLoss()(f, labels),
+        rtol=1e-4,
+    )
 
 
 @pytest.mark.parametrize("teacher", TEACHERS)
