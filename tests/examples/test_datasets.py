@@ -87,6 +87,23 @@ def test_folder_with_train_and_test(tmp_path):
     )
 
 
+def test_resume_is_exact_with_workers_that_mirror_images(tmp_path):
+    data, logs = tmp_path / "data", []
+    for c in range(6):
+        for i in range(8):
+            path = data / f"class{c}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            noise = np.random.default_rng((c, i)).integers(0, 256, (16, 16, 3), np.uint8)
+            Image.fromarray(noise).save(path)
+    common = ["--dataset", "folder", "--data-root", data, "--workers", "1"]
+    for out, parts in (("whole", [["2"]]), ("parts", [["1"], ["2", "--resume"]])):
+        for epochs, *resume in parts:
+            results = trains(tmp_path / out, *common, "--epochs", epochs, *resume)
+        logs.append(results["history"])
+    assert len(logs[0]) == 3
+    assert logs[0] == logs[1]
+
+
 def refuse(capsys, tmp_path, root, *arguments):
     out = tmp_path / "run"
     command = ["--dataset", "folder", "--data-root", str(root), "--out", str(out), *arguments]
