@@ -3,13 +3,19 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format clean
+# Threads that wait for one another by spinning take the core from those that have work to do.
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: demo test test-long lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/train.py --loss contextual --dataset digits --out runs/demo --overwrite
 
 test: lint
 	$(BIN)/python -m pytest -n auto
+
+test-long: lint
+	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -n auto -m "long or not long"
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check
