@@ -14,6 +14,7 @@ from .contextual_similarity import (
 from .copies import exact_copies, row_fingerprints
 from .cosine import pairwise_cosine
 from .listwise_kl import listwise_kl
+from .sparse_contextual_loss import sparse_contextual_loss, sparse_pays
 
 __all__ = [
     "center_contrastive_loss",
@@ -21,6 +22,8 @@ __all__ = [
     "contextual_similarity_from_distances",
     "neighborhood_mask",
     "contextual_loss",
+    "sparse_contextual_loss",
+    "sparse_pays",
     "contrastive_loss",
     "mean_similarity_loss",
     "class_interference",

@@ -21,6 +21,8 @@ from ..functional import (
     mean_similarity_loss,
     neighborhood_mask,
     pairwise_cosine,
+    sparse_contextual_loss,
+    sparse_pays,
 )
 
 
@@ -156,11 +158,13 @@ class ContextualLoss(ShowsSettings, BaseMetricLossFunction):
         positives, negatives = _pair_weights(similarities, labels, ref_labels, indices_tuple)
         if self.collect_stats:
             self.set_stats(similarities, references[0], labels, ref_labels)
+        k, slack = self.num_neighbors, self.neighborhood_slack
+        if to_self and sparse_pays(embeddings, labels, k, slack):
+            context_losses = sparse_contextual_loss(embeddings, labels, k, slack)
+        else:
+            context_losses = contextual_loss(similarities, labels, k, slack, *references)
         sub_losses = {
-            "contextual_loss": self.contextual_weight
-            * contextual_loss(
-                similarities, labels, self.num_neighbors, self.neighborhood_slack, *references
-            ),
+            "contextual_loss": self.contextual_weight * context_losses,
             "contrastive_loss": self.contrastive_weight
             * contrastive_loss(
                 similarities, positives, negatives, self.pos_margin, self.neg_margin

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 import warnings
 
 import pytest
@@ -179,3 +180,16 @@ def test_stats_tell_a_good_batch_from_a_bad_one(batch):
     assert loss_func.avg_pos_context == 1 > random_purity
     assert loss_func.avg_neg_context == 0
     assert loss_func.avg_similarity == pytest.approx(1 / 8)
+
+
+def test_large_batches_take_the_sparse_way_to_the_same_loss(monkeypatch):
+    x = torch.randn(120, 16).repeat_interleave(4, 0) + 0.5 * torch.randn(480, 16)
+    x, labels = x.requires_grad_(), torch.arange(120).repeat_interleave(4)
+    results = []
+    for pays in (True, False):
+        module = sys.modules[ContextualLoss.__module__]
+        monkeypatch.setattr(module, "sparse_pays", lambda *args, pays=pays: pays)
+        loss = ContextualLoss()(x, labels)
+        results.append((loss, *torch.autograd.grad(loss, x)))
+    for actual, expected in zip(*results, strict=True):
+        assert torch.allclose(actual, expected, rtol=1e-4, atol=1e-7)

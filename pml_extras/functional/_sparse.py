@@ -1,0 +1,68 @@
+"""Square sparse matrices, as thin a layer as serves over torch's CSR and its fast products."""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Sparse(NamedTuple):
+    """An n x n matrix: its entries by row, and by column within a row, none of them twice."""
+
+    rows: Tensor
+    cols: Tensor
+    values: Tensor
+    n: int
+
+    def __matmul__(self, other: Sparse) -> Sparse:
+        product = _csr(self) @ _csr(other)
+        per_row = product.crow_indices().diff()
+        rows = torch.arange(self.n, device=per_row.device).repeat_interleave(per_row)
+        # The columns of a product come in any order.
+        return _ordered(rows, product.col_indices(), product.values(), self.n)
+
+    def times_dense(self, dense: Tensor) -> Tensor:
+        product: Tensor = _csr(self) @ dense
+        return product
+
+    def plus(self, other: Sparse) -> Sparse:
+        total = _csr(self) + _csr(other)
+        per_row = total.crow_indices().diff()
+        rows = torch.arange(self.n, device=per_row.device).repeat_interleave(per_row)
+        return _ordered(rows, total.col_indices(), total.values(), self.n)
+
+    def transposed(self) -> Sparse:
+        return _ordered(self.cols, self.rows, self.values, self.n)
+
+    def with_values(self, values: Tensor) -> Sparse:
+        return self._replace(values=values)
+
+    def at(self, rows: Tensor, cols: Tensor) -> Tensor:
+        """The entries at these places, 0 where there is none."""
+        keys, wanted = self.rows * self.n + self.cols, rows * self.n + cols
+        place = torch.searchsorted(keys, wanted).clamp_max(len(keys) - 1)
+        return torch.where(keys[place] == wanted, self.values[place], 0)
+
+    def row_sums(self) -> Tensor:
+        return self.values.new_zeros(self.n).index_add_(0, self.rows, self.values)
+
+
+def _ordered(rows: Tensor, cols: Tensor, values: Tensor, n: int) -> Sparse:
+    order = (rows * n + cols).argsort()
+    return Sparse(rows[order], cols[order], values[order], n)
+
+
+def _csr(matrix: Sparse) -> Tensor:
+    ends = torch.bincount(matrix.rows, minlength=matrix.n).cumsum(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse (CSR|invariant)")  # that it is in beta
+        return torch.sparse_csr_tensor(
+            torch.cat([ends.new_zeros(1), ends]),
+            matrix.cols,
+            matrix.values,
+            (matrix.n, matrix.n),
+            check_invariants=False,
+        )

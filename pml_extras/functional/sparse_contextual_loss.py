@@ -1,0 +1,206 @@
+"""The contextual term and its exact gradient, on sparse matrices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ._precision import full_precision
+from ._sparse import Sparse
+from .contextual_similarity import STEP_SLOPE
+
+# How many similarities to look at in one go.
+BLOCK = 1 << 22
+# Where sparse products overtake dense ones on two CPU cores: batches of this size, with this many
+# times fewer members in a neighbourhood and in a class.
+SMALLEST, SPARSITY = 384, 64
+SMALLEST_ON_GPU = 8192
+
+
+@full_precision
+def sparse_contextual_loss(
+    embeddings: Tensor, labels: Tensor, num_neighbors: int = 4, slack: float = 0.05
+) -> Tensor:
+    r"""As :func:`contextual_loss`, for batches in which neighbourhoods and classes are small.
+
+    Of the matrices that the contextual similarity is made of, the neighbourhoods M, the weights W
+    and the reciprocal neighbours R have a few entries a row, and so have their products. With
+    :math:`G = M M^\top`, whose entries count shared neighbours, the number of shared strangers is
+    :math:`N - c_i - c_j + G_{ij}`, and the gradient follows in closed form (:math:`\circ`:
+    element-wise; :math:`g_i` comes from above):
+
+    .. math::
+        H &= \tfrac12 \Big(\frac{G}{c_i} + \frac{N - c_i - c_j + G}{N - c_i}\Big), \quad
+            W = H \circ M, \quad J = R W / r_i, \quad S = \tfrac12 (J + J^\top) \\
+        \hat J &= \frac{(g_i + g_j)(S - Y)}{N r_i} \text{ off the diagonal}, \quad
+            E = R \hat J, \quad
+            \hat R = \hat J W^\top - \mathrm{rowsum}(\hat J \circ J), \quad
+            \hat M^2 = M^{2\top} \circ (\hat R + \hat R^\top) \\
+        P &= \frac{E \circ M}{2 c_i}, \quad Q = \frac{E \circ M}{2 (N - c_i)}, \quad T = P + Q \\
+        \hat M &= E \circ H + (T + T^\top) M
+            - (\mathrm{rowsum}(Q)_i + \mathrm{colsum}(Q)_i) \\
+        \hat s &= 20\,(\hat M + \hat M^2), \qquad \hat x = (\hat s + \hat s^\top)\,x
+
+    The last term of :math:`\hat M` is the same along a row, so that it reaches the embeddings
+    without a matrix. No N x N matrix exists at any time. It cannot be differentiated twice.
+
+    Args:
+        embeddings: (N, D), any scale.
+        labels: (N,).
+        num_neighbors: k >= 1, the sample itself included; clamped to N.
+        slack: eps >= 0, in units of squared distance between unit vectors.
+
+    Returns:
+        (N,) losses in [0, 1].
+
+    Source: the term is arXiv 2210.01908's; the closed form is ours.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
+        >>> sparse_contextual_loss(x, torch.tensor([0, 0, 1, 1]), num_neighbors=2)
+        tensor([0., 0., 0., 0.])
+    """
+    unit = normalize(embeddings)
+    losses: Tensor = _SparseContextualLoss.apply(unit, labels, num_neighbors, slack)  # type: ignore[no-untyped-call]
+    return losses
+
+
+@full_precision
+@torch.no_grad()
+def sparse_pays(
+    embeddings: Tensor, labels: Tensor, num_neighbors: int = 4, slack: float = 0.05
+) -> bool:
+    """Whether :func:`sparse_contextual_loss` is the faster way for this batch.
+
+    It is on a CPU, if neighbourhoods (measured on a sample of rows) and classes are small against
+    the batch. On a GPU, small and middling batches are better served by dense products, which need
+    no word from the host.
+    """
+    n = len(embeddings)
+    smallest = SMALLEST_ON_GPU if embeddings.is_cuda else SMALLEST
+    has_mkl = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    if n < smallest or not (embeddings.is_cuda or has_mkl):
+        return False
+    unit = normalize(embeddings)
+    rows = torch.arange(0, n, n // 16, device=unit.device)
+    near, _ = _neighborhoods(unit, rows, min(num_neighbors, n), slack)
+    classes = torch.bincount(torch.unique(labels, return_inverse=True)[1]).double()
+    per_row = max(float(near.sum()) / len(rows), float(classes.square().sum()) / n)
+    return per_row * SPARSITY < n
+
+
+def _neighborhoods(unit: Tensor, rows: Tensor, k: int, slack: float) -> tuple[Tensor, Tensor]:
+    """(B, N) bool, twice: what lies in the rows' neighbourhoods, of k and of k // 2."""
+    distances = (2 - 2 * (unit[rows] @ unit.T)).clamp_min_(0)
+    own = torch.arange(len(rows), device=unit.device)
+    distances[own, rows] = distances.amin(1)
+    nearest = distances.topk(k, dim=1, largest=False).values + slack
+    return distances <= nearest[:, -1:], distances <= nearest[:, None, max(k // 2, 1) - 1]
+
+
+class _SparseContextualLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, unit: Tensor, labels: Tensor, k: int, slack: float) -> Tensor:
+        n, k = len(unit), min(k, len(unit))
+        found = []
+        size = max(1, BLOCK // n)
+        for start in range(0, n, size):
+            block = torch.arange(start, min(n, start + size), device=unit.device)
+            is_near, is_nearest = _neighborhoods(unit, block, k, slack)
+            row, col = is_near.nonzero(as_tuple=True)
+            found.append((block[row], col, is_nearest[row, col]))
+        rows, cols, is_half = (torch.cat(part) for part in zip(*found, strict=True))
+        near = Sparse(rows, cols, unit.new_ones(len(rows)), n)
+        members = near.row_sums()
+        shared = near @ near.transposed()
+
+        half = Sparse(rows[is_half], cols[is_half], unit.new_ones(int(is_half.sum())), n)
+        mutual = half.at(half.cols, half.rows) > 0
+        reciprocal = Sparse(half.rows[mutual], half.cols[mutual], half.values[mutual], n)
+        degree = reciprocal.row_sums()
+        opinion = near.with_values(_agreement(shared, members, rows, cols))
+        context = reciprocal.with_values(1 / degree[reciprocal.rows]) @ opinion
+        context = context.plus(context.transposed())
+        context = context.with_values(context.values / 2)
+
+        # All pairs of a class have an error of 1, as if S were 0 everywhere; then S corrects it.
+        _, numbers, sizes = torch.unique(labels, return_inverse=True, return_counts=True)
+        same = (labels[context.rows] == labels[context.cols]).to(unit.dtype)
+        error = (context.values - same).square() - same
+        error[context.rows == context.cols] = 0
+        losses: Tensor = (context.with_values(error).row_sums() + (sizes[numbers] - 1)) / n
+
+        ctx.save_for_backward(unit, numbers, members, degree)
+        ctx.matrices = near, shared, half, reciprocal, opinion, context
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "sparse_contextual_loss cannot be differentiated twice: use contextual_loss"
+            )
+        unit, numbers, members, degree = ctx.saved_tensors
+        near, shared, half, reciprocal, opinion, context = ctx.matrices
+        n = len(unit)
+        by_context = context.plus(_same_class(numbers, unit.new_tensor(-1.0)))
+        i, j = by_context.rows, by_context.cols
+        weight = (upstream[i] + upstream[j]) / (n * degree[i])
+        by_context = by_context.with_values((by_context.values * weight).masked_fill(i == j, 0))
+
+        by_opinion = reciprocal @ by_context
+        by_reciprocal = by_context @ opinion.transposed()
+        common = reciprocal.with_values(by_reciprocal.at(reciprocal.rows, reciprocal.cols))
+        common = common.row_sums() / degree
+        i, j = half.rows, half.cols
+        by_half = half.with_values(
+            by_reciprocal.at(i, j) - common[i] + by_reciprocal.at(j, i) - common[j]
+        )
+
+        i, j = near.rows, near.cols
+        on_members = by_opinion.at(i, j) / 2
+        by_strangers = near.with_values(on_members / _strangers(members)[i])
+        constant = by_strangers.row_sums() + by_strangers.transposed().row_sums()
+        by_shared = near.with_values(on_members / members[i] + by_strangers.values)
+        i, j = by_opinion.rows, by_opinion.cols
+        by_near = by_opinion.with_values(by_opinion.values * _agreement(shared, members, i, j))
+        by_near = by_near.plus(by_shared.plus(by_shared.transposed()) @ near)
+
+        by_similarity = by_near.plus(by_half.transposed())
+        i, j = by_similarity.rows, by_similarity.cols
+        by_similarity = by_similarity.with_values(by_similarity.values.masked_fill(i == j, 0))
+        by_unit = by_similarity.plus(by_similarity.transposed()).times_dense(unit)
+        # The constant of each row, everywhere but on the diagonal, and its transpose.
+        by_unit -= constant[:, None] * (unit.sum(0) - unit)
+        by_unit -= constant @ unit - constant[:, None] * unit
+        return 2 * STEP_SLOPE * by_unit, None, None, None
+
+
+def _strangers(members: Tensor) -> Tensor:
+    return (len(members) - members).clamp_min(1)
+
+
+def _agreement(shared: Sparse, members: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """H at these places."""
+    both = shared.at(rows, cols)
+    neither = len(members) - members[rows] - members[cols] + both
+    return (both / members[rows] + neither / _strangers(members)[rows]) / 2
+
+
+def _same_class(numbers: Tensor, value: Tensor) -> Sparse:
+    """The pairs of samples with equal class numbers, which run from 0 without gaps."""
+    n = len(numbers)
+    order = numbers.argsort()
+    sizes = torch.bincount(numbers)
+    first = sizes.cumsum(0) - sizes
+    per_row = sizes[numbers]
+    rows = torch.arange(n, device=numbers.device).repeat_interleave(per_row)
+    start = (per_row.cumsum(0) - per_row)[rows]
+    within = torch.arange(len(rows), device=numbers.device) - start
+    cols = order[first[numbers[rows]] + within]
+    keys = (rows * n + cols).sort().values
+    return Sparse(keys // n, keys % n, value.expand(len(keys)), n)
