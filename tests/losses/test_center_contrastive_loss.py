@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
@@ -167,6 +169,54 @@ def test_autocast_leaves_the_centers_in_float32(batch):
         loss = loss_func(batch[0].bfloat16(), batch[1])
     assert loss_func.centers.dtype == torch.float32
     assert loss.dtype == torch.float32
+
+
+class TestForgottenOptimizer:
+    def train(self, loss_func, optimizer, batch, steps=150):
+        for _ in range(steps):
+            if optimizer is not None:
+                optimizer.zero_grad()
+            loss_func(*batch).backward()
+            if optimizer is not None:
+                optimizer.step()
+
+    def test_is_told_of_once(self, batch):
+        loss_func = CenterContrastiveLoss(C, D)
+        with pytest.warns(UserWarning, match="have not moved: give loss.parameters") as told:
+            self.train(loss_func, None, batch, steps=300)
+        assert len(told) == 1
+
+    @pytest.mark.parametrize("foreach", [False, True])
+    @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+    def test_nothing_is_said_of_an_optimizer_at_work(self, batch, optimizer, foreach):
+        loss_func = CenterContrastiveLoss(C, D)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            self.train(loss_func, optimizer(loss_func.parameters(), 0.0, foreach=foreach), batch)
+
+    def test_nothing_is_said_of_centers_that_are_not_to_move(self, batch):
+        x = batch[0].requires_grad_()
+        frozen = CenterContrastiveLoss(C, D).requires_grad_(False)
+        average = CenterContrastiveLoss(C, D, center_update="average")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            self.train(frozen, None, (x, batch[1]))
+            self.train(average, None, (x, batch[1]))
+            self.train(CenterContrastiveLoss(C, D).eval(), None, (x, batch[1]))
+            loss_func = CenterContrastiveLoss(C, D)
+            for _ in range(150):  # a loss that is only looked at
+                loss_func(*batch)
+
+
+@pytest.mark.parametrize("center_update", ["gradient", "average"])
+def test_an_empty_batch_is_zero_and_changes_nothing(center_update):
+    loss_func = CenterContrastiveLoss(C, D, center_update=center_update)
+    before = loss_func.centers.clone()
+    x = torch.empty(0, D, requires_grad=True)
+    loss = loss_func(x, torch.empty(0, dtype=torch.long))
+    loss.backward()
+    assert loss == 0
+    assert torch.equal(loss_func.centers, before)
 
 
 class TestAverage:

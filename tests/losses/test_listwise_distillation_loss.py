@@ -47,3 +47,10 @@ def test_bad_input_is_refused():
         ListwiseDistillationLoss(0)
     with pytest.raises(AssertionError, match="CosineSimilarity"):
         ListwiseDistillationLoss(distance=LpDistance())
+
+
+def test_an_empty_batch_is_zero():
+    x = torch.empty(0, 4, requires_grad=True)
+    loss = ListwiseDistillationLoss()(x, ref_emb=torch.empty(0, 4))
+    loss.backward()
+    assert loss == 0

@@ -224,3 +224,10 @@ def test_stats(batch):
     x = torch.randn(N, D)
     shift = (regularizer.interfere(x, batch[1]) - x).norm(dim=1).mean()
     assert regularizer.avg_shift == pytest.approx(float(shift))
+
+
+def test_an_empty_batch_stays_empty(batch):
+    regularizer = warm(make(), batch)
+    before = regularizer.class_means.clone()
+    assert regularizer.interfere(torch.empty(0, D), torch.empty(0).long()).shape == (0, D)
+    assert torch.equal(regularizer.class_means, before)
