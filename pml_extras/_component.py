@@ -23,6 +23,10 @@ def require(condition: bool, name: str, wanted: str, value: Any) -> None:
         raise ValueError(f"{name} must {wanted}, got {value!r}")
 
 
+def check_count(name: str, value: int, least: int = 1) -> None:
+    require(value >= least and value % 1 == 0, name, f"be a whole number from {least} up", value)
+
+
 def check_class_labels(labels: torch.Tensor | None, num_classes: int) -> torch.Tensor:
     """Check that labels are class numbers, and return them.
 
@@ -46,12 +50,16 @@ def check_class_labels(labels: torch.Tensor | None, num_classes: int) -> torch.T
     return labels
 
 
-def check_embedding_size(embeddings: torch.Tensor, embedding_size: int) -> None:
-    if embeddings.ndim != 2 or embeddings.shape[1] != embedding_size:
+def check_embeddings(
+    embeddings: torch.Tensor, size: int | str = "embedding_size", name: str = "embeddings"
+) -> None:
+    """Check that embeddings are rows of floating-point numbers, of this size if it is known."""
+    if embeddings.ndim != 2 or size not in ("embedding_size", embeddings.shape[1]):
         raise ValueError(
-            f"embeddings must have shape (batch_size, {embedding_size}),"
-            f" got {tuple(embeddings.shape)}"
+            f"{name} must have shape (batch_size, {size}), got {tuple(embeddings.shape)}"
         )
+    if not embeddings.is_floating_point():
+        raise ValueError(f"{name} must be floating-point numbers, got {embeddings.dtype}")
 
 
 class OptimizerReminder:

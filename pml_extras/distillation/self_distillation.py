@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from pytorch_metric_learning.losses import BaseLossWrapper
 from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import Tensor
 
-from .._component import ShowsSettings, require
+from .._component import ShowsSettings, check_count, require
 from ..losses import ListwiseDistillationLoss
 from .teacher import Teacher
 
@@ -70,8 +71,8 @@ class SelfDistillation(ShowsSettings, BaseLossWrapper, ModuleWithRecords):
         temperature: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        require(num_epochs >= 1, "num_epochs", "be at least 1", num_epochs)
-        require(alpha >= 0, "alpha", "not be negative", alpha)
+        check_count("num_epochs", num_epochs)
+        require(0 <= alpha < math.inf, "alpha", "lie in [0, inf)", alpha)
         super().__init__(loss=loss, **kwargs)
         self.loss = loss
         self.distillation = ListwiseDistillationLoss(temperature)
@@ -91,13 +92,16 @@ class SelfDistillation(ShowsSettings, BaseLossWrapper, ModuleWithRecords):
         In eval mode, and where gradients are disabled, it is the wrapped loss alone.
         """
         self.reset_stats()
-        loss: Tensor = self.loss(embeddings, *args, **kwargs)
         if not (self.training and torch.is_grad_enabled() and self.weight > 0):
             self.teacher.forget()
-            return loss
+            base_loss: Tensor = self.loss(embeddings, *args, **kwargs)
+            return base_loss
+        # The teacher first: if the embeddings are not of its batch, a loss with state must not have
+        # learnt from them.
         distillation: Tensor = self.distillation(
             embeddings, ref_emb=self.teacher.embed(len(embeddings))
         )
+        loss: Tensor = self.loss(embeddings, *args, **kwargs)
         if self.collect_stats:
             self.base_loss, self.distillation_loss = loss.item(), distillation.item()
             self.distillation_weight = self.weight

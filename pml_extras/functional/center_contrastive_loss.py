@@ -64,9 +64,13 @@ def center_contrastive_loss(
     # 20, is too low for float64 gradients.)
     losses = softplus(negative_logits.logsumexp(1) - own_logit, threshold=80)
     if label_smoothing > 0:
-        others = c if seen is None else c * seen[:, None]
-        num_seen = len(c) if seen is None else seen.sum()
-        # With L = -log softmax_y(z), -log softmax_j(z) = L + z_y - z_j. Averaged over j:
-        mean_logit = scale * (x @ others.sum(0) - margin) / num_seen
+        # With L = -log softmax_y(z), -log softmax_j(z) = L + z_y - z_j. Averaged over j, which are
+        # the seen classes and the sample's own:
+        if seen is None:
+            seen = torch.ones(len(c), dtype=torch.bool, device=c.device)
+        own_seen = seen[labels]
+        sum_logits = scale * (x @ (c * seen[:, None]).sum(0))
+        sum_logits = sum_logits + torch.where(own_seen, -scale * margin, own_logit)
+        mean_logit = sum_logits / (seen.sum() + ~own_seen)
         losses = losses + label_smoothing * (own_logit - mean_logit)
     return losses + center_weight * (x - own).square().sum(1)

@@ -43,7 +43,7 @@ def moving_class_means(
                 [2.0000],
                 [2.5000]]), tensor([2, 2, 8]))
     """
-    batch_means, batch_counts = _batch_class_means(embeddings.detach(), labels)
+    batch_means, batch_counts = _batch_class_means(embeddings.detach().to(means.dtype), labels)
     if normalize:
         batch_means = unit(batch_means)
     batch_means = batch_means.to(means.dtype)
@@ -61,12 +61,13 @@ def _batch_class_means(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tens
     finite = embeddings.isfinite().all(1)
     x = torch.where(finite[:, None], embeddings, 0).double()
     # Floating-point sums depend on the order of the rows, and under DistributedLossWrapper each
-    # rank sees another order. Sums of integers do not: 2^41 steps up to the largest value.
-    shift = (40 - torch.frexp(x.abs().amax()).exponent).double()
-    fixed_point = torch.ldexp(x, shift).round().long()
+    # rank sees another order. Sums of integers do not: 2^40 steps up to the class's largest value.
     slot = torch.searchsorted(
         labels.sort().values, labels.contiguous()
     )  # one number a class, below N
+    largest = x.new_zeros(len(x)).scatter_reduce_(0, slot, x.abs().amax(1), "amax")[slot]
+    shift = (40 - torch.frexp(largest).exponent).clamp_max(1000).double()[:, None]
+    fixed_point = torch.ldexp(x, shift).round().long()
     sums = torch.zeros_like(fixed_point).index_add_(0, slot, fixed_point)[slot]
     counts = torch.zeros_like(labels).index_add_(0, slot, finite.long())[slot]
     return torch.ldexp(sums.double(), -shift) / counts.clamp_min(1)[:, None], counts

@@ -97,16 +97,24 @@ def contextual_pairs(
         >>> contextual_pairs(distances, labels, num_neighbors=2, filter_noise=False, margin=1.1)[:2]
         (tensor([0, 1, 2, 3]), tensor([1, 0, 3, 2]))
     """
+    # A sample that is not finite has no place in any order: it is nobody's neighbour.
+    inf = float("inf")
+    broken = ~distances.isfinite()
+    far = torch.finfo(distances.dtype).max  # not infinity, which less itself is NaN
+    distances = distances.masked_fill(broken, far)
+    if ref_distances is not None:
+        ref_distances = ref_distances.masked_fill(~ref_distances.isfinite(), far)
     if ref_distances is None or ref_labels is None or copies is None:
         context = contextual_similarity_from_distances(distances, num_neighbors)
         ref_labels = labels
-        copies = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+        copies = torch.eye(len(labels), dtype=torch.bool, device=labels.device) | broken
         vote = ref_vote = class_vote(context, labels, labels, copies)
     else:
         context = contextual_similarity_from_distances(
             distances, num_neighbors, ref_distances=ref_distances
         )
         ref_context = contextual_similarity_from_distances(ref_distances, num_neighbors)
+        copies = copies | broken
         itself = torch.eye(len(ref_labels), dtype=torch.bool, device=labels.device)
         vote = class_vote(context, labels, ref_labels, copies)
         ref_vote = class_vote(ref_context, ref_labels, ref_labels, itself)
@@ -126,7 +134,6 @@ def contextual_pairs(
         negatives = negatives & (likely | left_without)
         distance_decides &= both_trusted | left_without
 
-    inf = float("inf")
     nearest_negative = distances.masked_fill(~negatives, inf).amin(1, keepdim=True)
     farthest_positive = distances.masked_fill(~positives, -inf).amax(1, keepdim=True)
     most_similar_negative = context.masked_fill(~negatives, -inf).amax(1, keepdim=True)

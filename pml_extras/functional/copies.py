@@ -30,8 +30,13 @@ def exact_copies(embeddings: Tensor, ref_emb: Tensor) -> Tensor:
 
 
 def row_fingerprints(x: Tensor) -> Tensor:
-    """(N,) int64, for (N, D) floats: a polynomial of the bits of each row, modulo 2^64."""
+    """(N,) int64, for (N, D) floats: a hash of the bits of each row."""
     bits = x.detach().contiguous()
     bits = bits.view(torch.int64 if x.dtype == torch.float64 else torch.int32)
-    odd = torch.full((x.shape[1],), 6364136223846793005, device=x.device)
-    return (bits.long() * odd.cumprod(0)).sum(1)
+    # Each value is mixed with its place before the sum (splitmix64): multiples of the bits alone
+    # would leave the sign, the highest bit, where a second change of sign undoes it.
+    place = torch.arange(x.shape[1], device=x.device)
+    mixed = bits.long() + (place + 1) * -7046029254386353131
+    for odd in (-4658895280553007687, -7723592293110705685):
+        mixed = (mixed ^ (mixed >> 31)) * odd
+    return (mixed ^ (mixed >> 31)).sum(1)

@@ -45,7 +45,12 @@ def listwise_kl(
         return similarities.log_softmax(1)
 
     log_p = log_softmax(teacher.detach())
-    difference = log_softmax(student) - log_p
+    log_q = log_softmax(student)
+    difference = log_q - log_p
     # P (e^d - 1 - d) sums to the same as -P d, because P and Q sum to one; but each term is
     # non-negative, so rounding cannot make the divergence of near-equal lists negative.
-    return (log_p.exp() * (difference.expm1() - difference)).sum(1)
+    # Where e^d could overflow, P e^d is Q, and far larger than the rest: nothing cancels.
+    p, q = log_p.exp(), log_q.exp()
+    small = difference.clamp_max(1)
+    near = p * (small.expm1() - small)
+    return torch.where(difference > 1, q - p - p * difference, near).sum(1)

@@ -8,7 +8,7 @@ import torch
 from pytorch_metric_learning.utils.inference import return_results
 from torch import Tensor
 
-from .._component import require
+from .._component import check_count, require
 from ..functional import ReferenceGraph, contextual_neighbors, reference_graph
 
 
@@ -51,8 +51,8 @@ class ContextualKNN:
     def __init__(
         self, num_neighbors: int = 20, num_candidates: int = 100, distance_weight: float = 0.3
     ) -> None:
-        require(num_neighbors >= 1, "num_neighbors", "be at least 1", num_neighbors)
-        require(num_candidates >= 1, "num_candidates", "be at least 1", num_candidates)
+        check_count("num_neighbors", num_neighbors)
+        check_count("num_candidates", num_candidates)
         require(0 <= distance_weight <= 1, "distance_weight", "lie in [0, 1]", distance_weight)
         self.num_neighbors = num_neighbors
         self.num_candidates = num_candidates

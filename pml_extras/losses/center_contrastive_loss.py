@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from .._component import (
     OptimizerReminder,
     ShowsSettings,
     check_class_labels,
-    check_embedding_size,
+    check_count,
+    check_embeddings,
     require,
 )
 from .._distributed import joined_batch
@@ -111,11 +113,11 @@ class CenterContrastiveLoss(ShowsSettings, WeightRegularizerMixin, BaseMetricLos
         label_smoothing: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        require(num_classes >= 1, "num_classes", "be at least 1", num_classes)
-        require(embedding_size >= 1, "embedding_size", "be at least 1", embedding_size)
-        require(scale > 0, "scale", "be positive", scale)
-        require(margin >= 0, "margin", "not be negative", margin)
-        require(center_weight >= 0, "center_weight", "not be negative", center_weight)
+        check_count("num_classes", num_classes)
+        check_count("embedding_size", embedding_size)
+        require(0 < scale < math.inf, "scale", "be positive and finite", scale)
+        require(0 <= margin < math.inf, "margin", "lie in [0, inf)", margin)
+        require(0 <= center_weight < math.inf, "center_weight", "lie in [0, inf)", center_weight)
         require(0 <= momentum <= 1, "momentum", "lie in [0, 1]", momentum)
         require(0 <= label_smoothing < 1, "label_smoothing", "lie in [0, 1)", label_smoothing)
         require(
@@ -171,10 +173,13 @@ class CenterContrastiveLoss(ShowsSettings, WeightRegularizerMixin, BaseMetricLos
         ref_labels: Tensor,
     ) -> dict[str, dict[str, Any]]:
         c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
-        check_embedding_size(embeddings, self.embedding_size)
+        check_embeddings(embeddings, self.embedding_size)
         if len(embeddings) == 0:
             return self.zero_losses()
         labels = labels.long()
+        # Before any state moves, because a wrong tuple raises here.
+        dtype = torch.promote_types(embeddings.dtype, self.centers.dtype)
+        weights = lmu.convert_to_weights(indices_tuple, labels, dtype=dtype)
         if self.training and self.center_update == "average":
             self.update_centers(embeddings, labels)
         losses = center_contrastive_loss(
@@ -189,7 +194,6 @@ class CenterContrastiveLoss(ShowsSettings, WeightRegularizerMixin, BaseMetricLos
         )
         if self.collect_stats:
             self.set_stats(embeddings, labels)
-        weights = lmu.convert_to_weights(indices_tuple, labels, dtype=losses.dtype)
         loss_dict = {
             "loss": {
                 "losses": losses * weights,
@@ -223,7 +227,7 @@ class CenterContrastiveLoss(ShowsSettings, WeightRegularizerMixin, BaseMetricLos
     def set_stats(self, embeddings: Tensor, labels: Tensor) -> None:
         logits = self.get_logits(embeddings)
         own = logits.gather(1, labels[:, None]).squeeze(1)
-        self.avg_center_similarity = own.mean().item() / self.scale
+        self.avg_center_similarity = own.clamp_min(-self.scale).mean().item() / self.scale
         self.center_accuracy = (logits.argmax(1) == labels).float().mean().item()
 
     def get_default_distance(self) -> CosineSimilarity:

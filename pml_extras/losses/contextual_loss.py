@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -12,7 +13,7 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
-from .._component import ShowsSettings, require
+from .._component import ShowsSettings, check_count, check_embeddings, require
 from ..functional import (
     contextual_loss,
     contextual_similarity,
@@ -100,14 +101,14 @@ class ContextualLoss(ShowsSettings, BaseMetricLossFunction):
         target_similarity: float = 0.25,
         **kwargs: Any,
     ) -> None:
-        require(num_neighbors >= 1, "num_neighbors", "be at least 1", num_neighbors)
+        check_count("num_neighbors", num_neighbors)
         for name, value in {
             "neighborhood_slack": neighborhood_slack,
             "contextual_weight": contextual_weight,
             "contrastive_weight": contrastive_weight,
             "similarity_weight": similarity_weight,
         }.items():
-            require(value >= 0, name, "not be negative", value)
+            require(0 <= value < math.inf, name, "not be negative", value)
         for name, value in {
             "pos_margin": pos_margin,
             "neg_margin": neg_margin,
@@ -145,10 +146,14 @@ class ContextualLoss(ShowsSettings, BaseMetricLossFunction):
         ref_labels: Tensor,
     ) -> dict[str, dict[str, Any]]:
         c_f.labels_required(labels)
+        check_embeddings(embeddings)
+        check_embeddings(ref_emb, name="ref_emb")
+        if ref_labels is None:
+            raise ValueError("ref_labels are required with ref_emb")
         if len(embeddings) == 0 or len(ref_emb) == 0:
             return self.zero_losses()
         self.check_batch(ref_labels)
-        to_self = ref_emb is embeddings
+        to_self = ref_emb is embeddings and ref_labels is labels
         similarities = pairwise_cosine(embeddings, ref_emb)
         references = (
             (None, None, None)

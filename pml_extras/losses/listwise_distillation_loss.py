@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from pytorch_metric_learning.distances import CosineSimilarity
@@ -9,7 +10,7 @@ from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor
 
-from .._component import ShowsSettings, require
+from .._component import ShowsSettings, check_embeddings, require
 from ..functional import listwise_kl
 
 
@@ -49,7 +50,7 @@ class ListwiseDistillationLoss(ShowsSettings, BaseMetricLossFunction):
     settings = ("temperature", "include_self")
 
     def __init__(self, temperature: float = 1.0, include_self: bool = True, **kwargs: Any) -> None:
-        require(temperature > 0, "temperature", "be positive", temperature)
+        require(0 < temperature < math.inf, "temperature", "be positive and finite", temperature)
         super().__init__(**kwargs)
         c_f.assert_distance_type(self, CosineSimilarity, p=2, power=1)
         self.temperature = temperature
@@ -67,6 +68,8 @@ class ListwiseDistillationLoss(ShowsSettings, BaseMetricLossFunction):
         c_f.indices_tuple_not_supported(indices_tuple)
         if ref_emb is embeddings:
             raise ValueError("ref_emb, the teacher's embeddings of the same samples, is required")
+        check_embeddings(embeddings)
+        check_embeddings(ref_emb, name="ref_emb")
         if len(ref_emb) != len(embeddings):
             raise ValueError(
                 "ref_emb must hold the teacher's embeddings of the same samples:"

@@ -9,7 +9,7 @@ from pytorch_metric_learning.distances import CosineSimilarity
 from pytorch_metric_learning.miners import BaseMiner
 from torch import Tensor
 
-from .._component import ShowsSettings, require
+from .._component import ShowsSettings, check_count, require
 from ..functional import contextual_pairs, exact_copies
 from ..functional._precision import full_precision
 
@@ -60,7 +60,7 @@ class ContextualSimilarityMiner(ShowsSettings, BaseMiner):
         filter_noise: bool = True,
         **kwargs: Any,
     ) -> None:
-        require(num_neighbors >= 1, "num_neighbors", "be at least 1", num_neighbors)
+        check_count("num_neighbors", num_neighbors)
         require(margin >= 0, "margin", "not be negative", margin)
         super().__init__(**kwargs)
         self.num_neighbors = num_neighbors
@@ -72,11 +72,13 @@ class ContextualSimilarityMiner(ShowsSettings, BaseMiner):
     def mine(
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if ref_labels is None:
+            raise ValueError("ref_labels are required with ref_emb")
         if len(embeddings) == 0 or len(ref_emb) == 0:
             none = torch.empty(0, dtype=torch.long, device=embeddings.device)
             return none, none.clone(), none.clone(), none.clone()
         rules = (self.num_neighbors, self.margin, self.filter_noise)
-        if ref_emb is embeddings:
+        if ref_emb is embeddings and ref_labels is labels:
             return contextual_pairs(
                 self.distances(embeddings, embeddings), labels, None, None, None, *rules
             )

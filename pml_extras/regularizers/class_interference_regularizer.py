@@ -9,7 +9,13 @@ from pytorch_metric_learning.regularizers import BaseRegularizer
 from torch import Tensor
 from torch.nn.functional import normalize as unit
 
-from .._component import ShowsSettings, check_class_labels, check_embedding_size, require
+from .._component import (
+    ShowsSettings,
+    check_class_labels,
+    check_count,
+    check_embeddings,
+    require,
+)
 from .._distributed import joined_batch
 from ..functional import class_interference, moving_class_means
 
@@ -94,8 +100,8 @@ class ClassInterferenceRegularizer(ShowsSettings, BaseRegularizer):
         generator: torch.Generator | None = None,
         **kwargs: Any,
     ) -> None:
-        require(num_classes >= 2, "num_classes", "be at least 2", num_classes)
-        require(embedding_size >= 1, "embedding_size", "be at least 1", embedding_size)
+        check_count("num_classes", num_classes, least=2)
+        check_count("embedding_size", embedding_size)
         require(0 <= strength < 0.5, "strength", "lie in [0, 0.5)", strength)
         require(0 <= probability <= 1, "probability", "lie in [0, 1]", probability)
         require(0 <= momentum <= 1, "momentum", "lie in [0, 1]", momentum)
@@ -112,16 +118,23 @@ class ClassInterferenceRegularizer(ShowsSettings, BaseRegularizer):
         self.add_to_recordable_attributes(
             list_of_names=["avg_shift", "num_seen_classes"], is_stat=True
         )
+        self._batch: tuple[Tensor, Tensor] | None = None  # what is still to be learnt from
         self.register_buffer("class_means", torch.zeros(num_classes, embedding_size))
         self.register_buffer("class_counts", torch.zeros(num_classes, dtype=torch.long))
 
     def interfere(self, embeddings: Tensor, labels: Tensor | None) -> Tensor:
         """The embeddings, (N, D), as the loss is to see them; in training, learns from them too."""
+        interfered = self._interfere(embeddings, labels)
+        self._learn()
+        return interfered
+
+    def _interfere(self, embeddings: Tensor, labels: Tensor | None) -> Tensor:
+        self._batch = None
         if not self.training:
             return embeddings
         self.reset_stats()
         labels = check_class_labels(labels, self.num_classes)
-        check_embedding_size(embeddings, self.embedding_size)
+        check_embeddings(embeddings, self.embedding_size)
         if labels.shape != embeddings.shape[:1]:
             raise ValueError(
                 f"labels must have shape ({len(embeddings)},), got {tuple(labels.shape)}"
@@ -140,10 +153,26 @@ class ClassInterferenceRegularizer(ShowsSettings, BaseRegularizer):
             self.random_strength,
             self.generator,
         ).to(embeddings.dtype)
-        self.update_class_means(embeddings, labels)
+        self._batch = embeddings.detach(), labels
         if self.collect_stats:
-            self.set_stats(embeddings, interfered)
+            clean = unit(embeddings) if self.normalize else embeddings
+            self.avg_shift = (interfered - clean).detach().norm(dim=1).mean().item()
         return interfered
+
+    @torch.no_grad()
+    def _learn(self) -> None:
+        """Update the means with the clean embeddings of the batch."""
+        if self._batch is None:
+            return
+        embeddings, labels = joined_batch(self._batch[0].to(self.class_means.dtype), self._batch[1])
+        if self.normalize:
+            embeddings = unit(embeddings)
+        self.class_means[labels], self.class_counts[labels] = moving_class_means(
+            self.class_means, self.class_counts, embeddings, labels, self.momentum
+        )
+        self._batch = None
+        if self.collect_stats:
+            self.num_seen_classes = int((self.class_counts > 0).sum())
 
     def attach(self, loss: torch.nn.Module) -> torch.nn.Module:
         """Interfere with the embeddings of every call of ``loss`` from now on; returns ``loss``."""
@@ -155,10 +184,11 @@ class ClassInterferenceRegularizer(ShowsSettings, BaseRegularizer):
         if hasattr(loss, HOOK_NAME):
             raise ValueError(f"{type(loss).__name__} has a class interference attached already")
         loss.add_module(HOOK_NAME, self)
-        # As register_forward_pre_hook(with_kwargs=True) does, but under a name: record-keeper logs
-        # every dict in a loss, and the number for a key would crash it.
-        hooks, with_kwargs = _hooks(loss)
-        hooks[HOOK_NAME], with_kwargs[HOOK_NAME] = self._before_loss, True
+        # As register_forward_pre_hook(with_kwargs=True) and register_forward_hook do, but under a
+        # name: record-keeper logs every dict in a loss, and the number for a key would crash it.
+        before, with_kwargs, after = _hooks(loss)
+        before[HOOK_NAME], with_kwargs[HOOK_NAME] = self._before_loss, True
+        after[HOOK_NAME] = self._after_loss
         return loss
 
     def detach(self, loss: torch.nn.Module) -> torch.nn.Module:
@@ -175,24 +205,12 @@ class ClassInterferenceRegularizer(ShowsSettings, BaseRegularizer):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         names = ("embeddings", "labels")  # the first two arguments of every PML loss
         kwargs = dict(zip(names, args, strict=False)) | kwargs
-        kwargs["embeddings"] = self.interfere(kwargs["embeddings"], kwargs.get("labels"))
+        kwargs["embeddings"] = self._interfere(kwargs["embeddings"], kwargs.get("labels"))
         positional = tuple(kwargs.pop(name) for name in names[: len(args)])
         return (*positional, *args[2:]), kwargs
 
-    @torch.no_grad()
-    def update_class_means(self, embeddings: Tensor, labels: Tensor) -> None:
-        embeddings, labels = joined_batch(embeddings.to(self.class_means.dtype), labels)
-        if self.normalize:
-            embeddings = unit(embeddings)
-        self.class_means[labels], self.class_counts[labels] = moving_class_means(
-            self.class_means, self.class_counts, embeddings, labels, self.momentum
-        )
-
-    @torch.no_grad()
-    def set_stats(self, embeddings: Tensor, interfered: Tensor) -> None:
-        clean = unit(embeddings) if self.normalize else embeddings
-        self.avg_shift = (interfered - clean).norm(dim=1).mean().item()
-        self.num_seen_classes = int((self.class_counts > 0).sum())
+    def _after_loss(self, loss: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._learn()  # only now: a batch that the loss has refused is not learnt from
 
     def compute_loss(self, embeddings: Tensor) -> NoReturn:
         raise TypeError(
@@ -208,5 +226,10 @@ class ClassInterferenceRegularizer(ShowsSettings, BaseRegularizer):
             self.generator.set_state(state.cpu())
 
 
-def _hooks(module: torch.nn.Module) -> tuple[dict[Any, Any], dict[Any, Any]]:
-    return module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
+def _hooks(module: torch.nn.Module) -> tuple[dict[Any, Any], ...]:
+    """Where a module keeps its hooks before forward, which of them take kwargs, and those after."""
+    return (
+        module._forward_pre_hooks,
+        module._forward_pre_hooks_with_kwargs,
+        module._forward_hooks,
+    )

@@ -43,7 +43,7 @@ def test_bad_input_is_refused():
         loss_func(x, ref_emb=x[:7])
     with pytest.raises(ValueError, match="indices_tuple is not supported"):
         loss_func(x, indices_tuple=(torch.tensor([0]),) * 3, ref_emb=x.clone())
-    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+    with pytest.raises(ValueError, match="temperature must be positive and finite, got 0"):
         ListwiseDistillationLoss(0)
     with pytest.raises(AssertionError, match="CosineSimilarity"):
         ListwiseDistillationLoss(distance=LpDistance())

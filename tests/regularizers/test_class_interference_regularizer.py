@@ -146,6 +146,7 @@ class TestAttach:
         assert set(loss_func.state_dict()) == untouched
         assert not loss_func._forward_pre_hooks
         assert not loss_func._forward_pre_hooks_with_kwargs
+        assert not loss_func._forward_hooks
         with pytest.raises(ValueError, match="not attached"):
             regularizer.detach(loss_func)
 
@@ -170,6 +171,16 @@ class TestAttach:
         counts = warm(make(), batch).attach(losses).class_interference.class_counts.clone()
         losses(*batch)
         assert torch.equal(losses.class_interference.class_counts, 2 * counts)
+
+    def test_a_batch_that_the_loss_refuses_is_not_learnt_from(self, batch):
+        loss_func = warm(make(), batch).attach(ContrastiveLoss())
+        before = loss_func.class_interference.class_means.clone()
+        far = torch.tensor([N, N])
+        with pytest.raises(IndexError):
+            loss_func(torch.randn(N, D), batch[1], (far, far, far, far))
+        assert torch.equal(loss_func.class_interference.class_means, before)
+        loss_func(torch.randn(N, D), batch[1])
+        assert not torch.equal(loss_func.class_interference.class_means, before)
 
     def test_wrappers_and_doubles_are_refused(self, batch):
         with pytest.raises(TypeError, match="CrossBatchMemory wraps a loss: attach to that"):

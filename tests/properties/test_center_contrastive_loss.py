@@ -1,0 +1,255 @@
+"""Properties of CenterContrastiveLoss in both modes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from pytorch_metric_learning.reducers import DoNothingReducer
+
+from pml_extras.losses import CenterContrastiveLoss
+
+MODES = pytest.mark.parametrize("center_update", ["gradient", "average"])
+WEIGHTS = st.sampled_from([0.0, 1.5, 1e3])
+
+
+def draw_loss(data, cases, num_classes, d, center_update, **kwargs):
+    torch.manual_seed(data.draw(cases.seeds))
+    return CenterContrastiveLoss(
+        num_classes,
+        d,
+        scale=data.draw(cases.log_uniform(-3, 4)),
+        margin=data.draw(st.sampled_from([0.0, 0.2, 2.0])),
+        center_weight=data.draw(WEIGHTS),
+        center_update=center_update,
+        momentum=data.draw(st.sampled_from([0.0, 0.5, 0.9, 1.0])),
+        label_smoothing=data.draw(st.sampled_from([0.0, 0.1, 0.9])),
+        **kwargs,
+    )
+
+
+def draw_batch(data, cases, n, d, num_classes, **kwargs):
+    return data.draw(cases.embeddings(n, d, **kwargs)), data.draw(
+        cases.class_labels(n, num_classes)
+    )
+
+
+def per_sample(loss_func, x, y, *args):
+    if len(x) == 0:
+        return x.sum(1)
+    reducer, loss_func.reducer = loss_func.reducer, DoNothingReducer()
+    losses = loss_func(x, y, *args)["loss"]["losses"]
+    loss_func.reducer = reducer
+    return losses
+
+
+def plain_losses(cases, loss_func, x, y):
+    """The docstring's formula, in float64, with the centers as they are."""
+    x, c, y = cases.unit(x), cases.unit(loss_func.centers.detach()), y.long()
+    rows = torch.arange(len(x))
+    z = loss_func.scale * x @ c.T
+    z[rows, y] -= loss_func.scale * loss_func.margin
+    takes_part = torch.ones(len(x), len(c), dtype=torch.bool)
+    if loss_func.center_update == "average":
+        takes_part = (loss_func.class_counts > 0).expand(len(x), -1).clone()
+        takes_part[rows, y] = True
+    log_p = z.masked_fill(~takes_part, -1e300).log_softmax(1)
+    smoothing = loss_func.label_smoothing
+    loss = -(1 - smoothing) * log_p[rows, y]
+    loss = loss - smoothing * (log_p * takes_part).sum(1) / takes_part.sum(1)
+    return loss + loss_func.center_weight * (x - c[y]).square().sum(1)
+
+
+def tolerance(loss_func, losses):
+    return 1e-5 * (1 + losses.abs() + loss_func.scale + loss_func.center_weight)
+
+
+@MODES
+@given(data=st.data(), num_classes=st.integers(1, 12))
+def test_values_and_gradients(cases, data, num_classes, center_update):
+    n, d = data.draw(cases.shapes)
+    loss_func = draw_loss(data, cases, num_classes, d, center_update)
+    x, y = draw_batch(data, cases, n, d, num_classes)
+    x.requires_grad_()
+    loss = loss_func(x, y)
+    loss.backward()
+    assert loss.isfinite()
+    assert loss >= -tolerance(loss_func, torch.zeros(()))
+    slope = 2 * loss_func.scale + 4 * loss_func.center_weight
+    if cases.gradients_fit(x, slope):
+        assert x.grad.isfinite().all()
+    if center_update == "gradient" and n:
+        assert loss_func.centers.grad.isfinite().all()
+    if n and cases.norms_are_ordinary(x.detach(), loss_func.centers.detach()):
+        expected = plain_losses(cases, loss_func, x.detach(), y)
+        loss_func.eval()
+        actual = per_sample(loss_func, x.detach(), y)
+        assert ((actual - expected).abs() <= tolerance(loss_func, expected)).all()
+        assert (loss - expected.mean()).abs() <= tolerance(loss_func, expected).mean()
+
+
+@given(data=st.data(), num_classes=st.integers(1, 12))
+def test_averages_are_the_formulas(cases, data, num_classes):
+    n, d = data.draw(cases.shapes)
+    loss_func = draw_loss(data, cases, num_classes, d, "average")
+    for _ in range(data.draw(st.integers(1, 3))):
+        x, y = draw_batch(data, cases, n, d, num_classes)
+        assume(cases.norms_are_ordinary(x))
+        old, old_counts = loss_func.centers.double(), loss_func.class_counts.clone()
+        loss_func(x, y)
+        for c in range(num_classes):
+            members = cases.unit(x)[y.long() == c]
+            assert loss_func.class_counts[c] == old_counts[c] + len(members)
+            if len(members) == 0:
+                assert torch.equal(loss_func.centers[c].double(), old[c])
+                continue
+            mean = members.mean(0)
+            new = mean / mean.norm().clamp_min(1e-12)
+            if old_counts[c]:
+                new = loss_func.momentum * old[c] + (1 - loss_func.momentum) * new
+            if mean.norm() > 1e-2 and new.norm() > 1e-2:  # else the members cancel
+                error = loss_func.centers[c].double() - new / new.norm()
+                assert error.norm() < 1e-4
+        assert cases.state_is_finite(cases.state_of(loss_func))
+        norms = loss_func.centers.double().norm(dim=1)
+        assert (norms < 1 + 1e-5).all()
+
+
+@given(data=st.data(), num_classes=st.integers(1, 12))
+def test_broken_rows_are_as_if_left_out_of_the_averages(cases, data, num_classes):
+    n, d = data.draw(cases.shapes)
+    with_them = draw_loss(data, cases, num_classes, d, "average")
+    without_them = copy.deepcopy(with_them)
+    for _ in range(2):
+        x, y = draw_batch(data, cases, n, d, num_classes, broken=True)
+        finite = x.float().isfinite().all(1)
+        loss = with_them(x, y)
+        without_them(x[finite], y.long()[finite])
+        assert cases.same_state(with_them.state_dict(), without_them.state_dict())
+        if finite.all():
+            assert loss.isfinite()
+        elif n:
+            losses = per_sample(with_them.eval(), x, y)
+            assert losses[finite].isfinite().all()
+            with_them.train()
+    assert cases.state_is_finite(with_them.state_dict())
+
+
+@MODES
+@given(data=st.data(), num_classes=st.integers(1, 12))
+def test_order_does_not_matter(cases, data, num_classes, center_update):
+    n, d = data.draw(cases.shapes)
+    one = draw_loss(data, cases, num_classes, d, center_update)
+    other = copy.deepcopy(one)
+    x, y = draw_batch(data, cases, n, d, num_classes, broken=True)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(data.draw(cases.seeds)))
+    losses, permuted = per_sample(one, x, y), per_sample(other, x[order], y.long()[order])
+    assert cases.same_state(one.state_dict(), other.state_dict())
+    error = (permuted - losses[order]).abs()
+    assert ((error <= tolerance(one, losses[order])) | error.isnan()).all()
+
+
+@MODES
+@given(data=st.data(), num_classes=st.integers(1, 12), exponent=st.integers(-6, 6))
+def test_scale_does_not_matter(cases, data, num_classes, exponent, center_update):
+    n, d = data.draw(cases.shapes)
+    one = draw_loss(data, cases, num_classes, d, center_update)
+    other = copy.deepcopy(one)
+    x, y = draw_batch(data, cases, n, d, num_classes, extreme=False)
+    scaled = x * 2.0**exponent
+    assume(scaled.isfinite().all() and torch.equal(scaled / 2.0**exponent, x))
+    assume(cases.norms_are_ordinary(x * 1e-3))
+    with torch.no_grad():
+        if center_update == "gradient":
+            other.centers *= 2.0**exponent
+    assert torch.equal(per_sample(one, x, y), per_sample(other, scaled, y))
+    if center_update == "average":
+        assert cases.same_state(one.state_dict(), other.state_dict())
+
+
+@MODES
+@given(data=st.data(), num_classes=st.integers(1, 12), smoothing=st.sampled_from([0.0, 0.1]))
+def test_eval_mode_only_looks(cases, data, num_classes, smoothing, center_update):
+    n, d = data.draw(cases.shapes)
+    loss_func = draw_loss(data, cases, num_classes, d, center_update, collect_stats=True)
+    loss_func.label_smoothing = smoothing
+    if data.draw(st.booleans(), label="trained before"):
+        loss_func(*draw_batch(data, cases, n, d, num_classes))
+    loss_func.eval()
+    before = cases.state_of(loss_func)
+    x, y = draw_batch(data, cases, n, d, num_classes)
+    loss = loss_func(x, y)
+    assert loss.isfinite()
+    assert torch.equal(loss_func(x, y), loss)
+    assert cases.same_state(loss_func.state_dict(), before)
+    logits = loss_func.get_logits(x)
+    assert logits.shape == (n, num_classes)
+    assert not logits.isnan().any()
+
+
+@MODES
+@given(data=st.data(), num_classes=st.integers(1, 12))
+def test_miners_tuples_are_weights(cases, data, num_classes, center_update):
+    n, d = data.draw(cases.small_shapes)
+    loss_func = draw_loss(data, cases, num_classes, d, center_update)
+    x, y = draw_batch(data, cases, n, d, num_classes)
+    loss_func(x, y)
+    loss_func.eval()
+    generator = torch.Generator().manual_seed(data.draw(cases.seeds))
+    pairs = data.draw(st.integers(0, 10))
+    indices = tuple(
+        torch.randint(n, (pairs,), generator=generator)
+        for _ in range(data.draw(st.sampled_from([3, 4])))
+    )
+    counts = torch.cat(indices).bincount(minlength=n).double()
+    weights = counts / counts.max() if pairs else torch.ones(n)
+    expected = per_sample(loss_func, x, y).double() * weights
+    assert torch.allclose(per_sample(loss_func, x, y, indices).double(), expected, rtol=1e-5)
+
+
+@MODES
+@given(data=st.data())
+def test_refusals_leave_no_trace(cases, data, center_update):
+    (n, d), c = data.draw(cases.small_shapes), 5
+    loss_func = draw_loss(data, cases, c, d, center_update)
+    x, y = torch.randn(n, d), torch.randint(c, (n,))
+    loss_func(x, y)
+    wrong = y.clone()
+    wrong[data.draw(st.integers(0, n - 1))] = data.draw(
+        st.sampled_from([-1, c, 2**40, -(2**63), 2**63 - 1])
+    )
+    index = torch.zeros(1).long()
+    far = index + n
+    calls = {
+        "wrong label": lambda: loss_func(x, wrong),
+        "no labels": lambda: loss_func(x),
+        "float labels": lambda: loss_func(x, y.float()),
+        "fewer labels": lambda: loss_func(x, y[1:]),
+        "label columns": lambda: loss_func(x, y[:, None]),
+        "wide": lambda: loss_func(torch.randn(n, d + 1), y),
+        "vectors": lambda: loss_func(x[:, 0], y),
+        "images": lambda: loss_func(x[:, :, None], y),
+        "integers": lambda: loss_func(x.long(), y),
+        "complex": lambda: loss_func(x.cfloat(), y),
+        "references": lambda: loss_func(x, y, ref_emb=x.clone(), ref_labels=y.clone()),
+        "triplets out of range": lambda: loss_func(x, y, (index, index, far)),
+        "pairs out of range": lambda: loss_func(x, y, (index, index, index, far)),
+        "float tuple": lambda: loss_func(x, y, (index, index, index + 0.5)),
+    }
+    for name, call_wrongly in calls.items():
+        cases.assert_refused_without_a_trace(loss_func, call_wrongly, name)
+
+
+@given(
+    data=st.data(),
+    name=st.sampled_from(
+        ["num_classes", "embedding_size", "scale", "margin", "center_weight", "momentum"]
+    ),
+    value=st.sampled_from([-1.0, float("nan"), -float("inf")]),
+)
+def test_settings_are_checked(data, name, value):
+    with pytest.raises(ValueError, match=name):
+        CenterContrastiveLoss(**{"num_classes": 2, "embedding_size": 2, name: value})

@@ -1,0 +1,229 @@
+"""Properties of ClassInterferenceRegularizer, alone and attached."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from pytorch_metric_learning import losses, miners
+
+from pml_extras.regularizers import ClassInterferenceRegularizer
+
+
+def draw_regularizer(data, cases, num_classes, d, **kwargs):
+    settings = {
+        "strength": data.draw(st.sampled_from([0.0, 0.1, 0.49])),
+        "probability": data.draw(st.sampled_from([0.0, 0.5, 1.0])),
+        "momentum": data.draw(st.sampled_from([0.0, 0.5, 0.9, 1.0])),
+        "normalize": data.draw(st.booleans()),
+        "random_strength": data.draw(st.booleans()),
+        "generator": torch.Generator().manual_seed(data.draw(cases.seeds)),
+    }
+    return ClassInterferenceRegularizer(num_classes, d, **(settings | kwargs))
+
+
+def draw_batch(data, cases, n, d, num_classes, **kwargs):
+    return data.draw(cases.embeddings(n, d, **kwargs)), data.draw(
+        cases.class_labels(n, num_classes)
+    )
+
+
+@given(data=st.data(), num_classes=st.integers(2, 12))
+def test_moves_within_bounds_towards_another_class(cases, data, num_classes):
+    n, d = data.draw(cases.shapes)
+    regularizer = draw_regularizer(data, cases, num_classes, d)
+    for _ in range(data.draw(st.integers(0, 2))):
+        regularizer.interfere(*draw_batch(data, cases, n, d, num_classes, extreme=False))
+    x, y = draw_batch(data, cases, n, d, num_classes, extreme=False)
+    x.requires_grad_()
+    means, counts = regularizer.class_means.double(), regularizer.class_counts.clone()
+    moved = regularizer.interfere(x, y)
+    assert moved.shape == x.shape
+    assert moved.dtype == x.dtype
+    assert moved.isfinite().all()
+    moved.sum().backward()
+    if cases.gradients_fit(x, 4):
+        assert x.grad.isfinite().all()
+    clean = cases.unit(x.detach()) if regularizer.normalize else x.detach().double()
+    eps = torch.finfo(x.dtype).eps + 1e-6
+    for before, after, label in zip(clean, moved.detach().double(), y.long(), strict=True):
+        # Where along each segment to another class's mean could it lie, and how far from that?
+        targets = means[(counts > 0) & (torch.arange(num_classes) != label)]
+        candidates = [before[None]]
+        if len(targets):
+            if not regularizer.random_strength:
+                candidates.append(before + regularizer.strength * (targets - before))
+            else:
+                direction = targets - before
+                length = direction.square().sum(1, keepdim=True).clamp_min(1e-300)
+                share = ((after - before) * direction).sum(1, keepdim=True) / length
+                if regularizer.normalize:  # solve for the share on the chord instead
+                    shares = torch.linspace(0, regularizer.strength, 2000)[:, None, None]
+                    candidates.append((before + shares * direction).flatten(0, 1))
+                else:
+                    candidates.append(before + share.clamp(0, regularizer.strength) * direction)
+        points = torch.cat(candidates)
+        if regularizer.normalize:
+            points = points / points.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        size = (
+            1.0 if regularizer.normalize else float(points.abs().max()) + float(before.abs().max())
+        )
+        slack = 4 * eps * size * d**0.5
+        if regularizer.normalize:
+            # A short sum of long vectors magnifies rounding.
+            slack = slack * 20 + (1e-3 if regularizer.random_strength else 0)
+        assert (points - after).norm(dim=1).min() <= slack
+
+
+@given(data=st.data(), num_classes=st.integers(2, 12))
+def test_means_are_the_formulas(cases, data, num_classes):
+    n, d = data.draw(cases.shapes)
+    regularizer = draw_regularizer(data, cases, num_classes, d)
+    for _ in range(data.draw(st.integers(1, 3))):
+        x, y = draw_batch(data, cases, n, d, num_classes)
+        if regularizer.normalize:
+            assume(cases.norms_are_ordinary(x))
+        old, counts = regularizer.class_means.double(), regularizer.class_counts.clone()
+        regularizer.interfere(x, y)
+        clean = cases.unit(x) if regularizer.normalize else x.double()
+        for c in range(num_classes):
+            members = clean[y.long() == c]
+            assert regularizer.class_counts[c] == counts[c] + len(members)
+            expected = old[c]
+            if len(members):
+                beta = regularizer.momentum if counts[c] else 0
+                expected = beta * old[c] + (1 - beta) * members.mean(0)
+            size = float(torch.cat([members.flatten(), old[c]]).abs().max())
+            error = (regularizer.class_means[c].double() - expected).abs()
+            assert (error <= 1e-6 * size + 1e-44).all()
+    assert cases.state_is_finite(regularizer.state_dict())
+
+
+@given(data=st.data(), num_classes=st.integers(2, 12))
+def test_broken_rows_are_as_if_left_out_of_the_means(cases, data, num_classes):
+    n, d = data.draw(cases.shapes)
+    with_them = draw_regularizer(data, cases, num_classes, d)
+    without_them = ClassInterferenceRegularizer(
+        num_classes, d, momentum=with_them.momentum, normalize=with_them.normalize
+    )
+    for _ in range(3):
+        x, y = draw_batch(data, cases, n, d, num_classes, broken=True, extreme=False)
+        finite = x.isfinite().all(1)
+        interfered = with_them.interfere(x, y)
+        assert interfered[finite].isfinite().all()
+        without_them.interfere(x[finite], y.long()[finite])
+        for name in ("class_means", "class_counts"):
+            assert torch.equal(getattr(with_them, name), getattr(without_them, name))
+    assert cases.state_is_finite(with_them.state_dict())
+
+
+@given(data=st.data(), num_classes=st.integers(2, 12))
+def test_anything_finite_keeps_the_state_finite(cases, data, num_classes):
+    n, d = data.draw(cases.shapes)
+    regularizer = draw_regularizer(data, cases, num_classes, d)
+    for _ in range(3):
+        x, y = draw_batch(data, cases, n, d, num_classes, broken=True)
+        if data.draw(st.booleans()):
+            x = x.double() * 1e200
+        regularizer.interfere(x, y)
+        assert cases.state_is_finite(regularizer.state_dict())
+
+
+@given(data=st.data(), num_classes=st.integers(2, 12))
+def test_order_does_not_matter_to_the_means(cases, data, num_classes):
+    n, d = data.draw(cases.shapes)
+    one = draw_regularizer(data, cases, num_classes, d)
+    other = ClassInterferenceRegularizer(
+        num_classes, d, momentum=one.momentum, normalize=one.normalize
+    )
+    for _ in range(2):
+        x, y = draw_batch(data, cases, n, d, num_classes, broken=True)
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(data.draw(cases.seeds)))
+        one.interfere(x, y)
+        other.interfere(x[order], y.long()[order])
+        assert torch.equal(one.class_means, other.class_means)
+        assert torch.equal(one.class_counts, other.class_counts)
+
+
+@given(data=st.data(), num_classes=st.integers(2, 12))
+def test_eval_mode_changes_nothing(cases, data, num_classes):
+    n, d = data.draw(cases.shapes)
+    regularizer = draw_regularizer(data, cases, num_classes, d)
+    regularizer.interfere(*draw_batch(data, cases, n, d, num_classes))
+    regularizer.eval()
+    before = cases.state_of(regularizer)
+    x, y = draw_batch(data, cases, n, d, num_classes, broken=True)
+    assert regularizer.interfere(x, y) is x
+    assert cases.same_state(regularizer.state_dict(), before)
+
+
+BASES = {
+    "triplet": lambda d: losses.TripletMarginLoss(),
+    "contrastive": lambda d: losses.ContrastiveLoss(),
+    "multi-similarity": lambda d: losses.MultiSimilarityLoss(),
+    "proxy": lambda d: losses.CosFaceLoss(12, d),
+}
+
+
+@given(data=st.data(), base=st.sampled_from(list(BASES)), num_classes=st.integers(2, 12))
+def test_attached_is_the_loss_of_what_interfere_returns(cases, data, base, num_classes):
+    n, d = data.draw(cases.shapes)
+    n = max(n, 1)
+    regularizer = draw_regularizer(data, cases, num_classes, d)
+    alone = copy.deepcopy(regularizer)
+    alone.generator = torch.Generator()
+    alone.generator.set_state(regularizer.generator.get_state())
+    loss_func = BASES[base](d)
+    plain = copy.deepcopy(loss_func)
+    regularizer.attach(loss_func)
+    miner = miners.MultiSimilarityMiner() if data.draw(st.booleans()) else None
+    for train in (True, True, False):
+        loss_func.train(train)
+        alone.train(train)
+        x, y = draw_batch(data, cases, n, d, num_classes, dtype=torch.float32, extreme=False)
+        y = y.long()
+        indices = miner(x, y) if miner else None
+        torch.manual_seed(1)
+        actual = loss_func(x, labels=y, indices_tuple=indices)
+        torch.manual_seed(1)
+        expected = plain(alone.interfere(x, y), y, indices)
+        assert torch.equal(actual, expected) or (actual.isnan() and expected.isnan())
+    regularizer.detach(loss_func)
+    torch.manual_seed(1)
+    detached = loss_func(x, y)
+    torch.manual_seed(1)
+    expected = plain(x, y)
+    assert torch.equal(detached, expected) or (detached.isnan() and expected.isnan())
+
+
+@pytest.mark.parametrize("attached", [False, True])
+@given(data=st.data())
+def test_refusals_leave_no_trace(cases, data, attached):
+    (n, d), c = data.draw(cases.small_shapes), 5
+    regularizer = draw_regularizer(data, cases, c, d)
+    torch.manual_seed(data.draw(cases.seeds))
+    x, y = torch.randn(n, d), torch.randint(c, (n,))
+    loss_func = regularizer.attach(losses.ContrastiveLoss()) if attached else regularizer
+    call = loss_func if attached else regularizer.interfere
+    call(x, y)
+    wrong = y.clone()
+    wrong[data.draw(st.integers(0, n - 1))] = data.draw(
+        st.sampled_from([-1, c, 2**40, -(2**63), 2**63 - 1])
+    )
+    calls = {
+        "wrong label": lambda: call(x, wrong),
+        "no labels": lambda: call(x, None),
+        "float labels": lambda: call(x, y.float()),
+        "fewer labels": lambda: call(x, y[1:]),
+        "label columns": lambda: call(x, y[:, None]),
+        "wide": lambda: call(torch.randn(n, d + 1), y),
+        "vectors": lambda: call(x[:, 0], y),
+        "images": lambda: call(x[:, :, None], y),
+        "integers": lambda: call(x.long(), y),
+        "complex": lambda: call(x.cfloat(), y),
+    }
+    for name, call_wrongly in calls.items():
+        cases.assert_refused_without_a_trace(loss_func, call_wrongly, name)

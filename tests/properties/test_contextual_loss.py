@@ -1,0 +1,263 @@
+"""Properties of ContextualLoss and its three terms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from pytorch_metric_learning.reducers import DoNothingReducer
+
+from pml_extras.functional import contextual_loss, contextual_similarity, pairwise_cosine
+from pml_extras.losses import ContextualLoss
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+NEIGHBORS = st.sampled_from([1, 2, 3, 4, 5, 8, 50])
+SLACKS = st.sampled_from([0.0, 1e-3, 0.05, 0.5, 2.0, 4.0])
+WITH_REFERENCES = pytest.mark.parametrize("with_references", [False, True])
+
+
+def draw_call(data, cases, shapes, with_references, **kwargs):
+    """Arguments of a call of the loss."""
+    n, d = data.draw(shapes)
+    x, y = data.draw(cases.embeddings(n, d, **kwargs)), data.draw(cases.any_labels(n))
+    if not with_references:
+        return x, y, None, None
+    others = data.draw(st.integers(0, 20))
+    ref = data.draw(cases.embeddings(others, d, dtype=x.dtype, **kwargs))
+    if data.draw(st.booleans(), label="the references include the batch"):
+        ref = torch.cat([x, ref])
+    generator = torch.Generator().manual_seed(data.draw(cases.seeds))
+    ref_y = y.new_zeros(len(ref))
+    if n:
+        ref_y = y[torch.randint(n, (len(ref),), generator=generator)]
+    return x, y, ref, ref_y
+
+
+def draw_loss(data, **kwargs):
+    return ContextualLoss(
+        num_neighbors=data.draw(NEIGHBORS),
+        neighborhood_slack=data.draw(SLACKS),
+        pos_margin=data.draw(st.sampled_from([-1.0, 0.75, 1.0])),
+        neg_margin=data.draw(st.sampled_from([-1.0, 0.6, 1.0])),
+        target_similarity=data.draw(st.sampled_from([-1.0, 0.25, 1.0])),
+        **kwargs,
+    )
+
+
+def draw_pairs(data, cases, y, ref_y):
+    generator = torch.Generator().manual_seed(data.draw(cases.seeds))
+    sizes = [data.draw(st.integers(0, 12)) for _ in range(2)]
+    if data.draw(st.booleans()):  # triplets
+        a, p, n = (
+            torch.randint(m, sizes[:1], generator=generator)
+            for m in (len(y), len(ref_y), len(ref_y))
+        )
+        return (a, p, n), (a, p, a, n)
+    pairs = tuple(
+        torch.randint(m, (size,), generator=generator)
+        for size in sizes
+        for m in (len(y), len(ref_y))
+    )
+    return pairs, pairs
+
+
+def terms(loss_func, x, y, indices, ref, ref_y):
+    loss_func.reducer = DoNothingReducer()
+    return {k: v["losses"] for k, v in loss_func(x, y, indices, ref, ref_y).items()}
+
+
+def plain_contrastive(loss_func, similarities, pairs):
+    loss = 0.0
+    a1, p, a2, n = pairs
+    for excess in (
+        loss_func.pos_margin - similarities[a1, p],
+        similarities[a2, n] - loss_func.neg_margin,
+    ):
+        active = excess[excess > 0]
+        loss += float(active.mean()) if len(active) else 0.0
+    return loss
+
+
+@WITH_REFERENCES
+@given(data=st.data(), with_tuple=st.booleans())
+def test_values_and_gradients_are_bounded(cases, data, with_tuple, with_references):
+    x, y, ref, ref_y = draw_call(data, cases, cases.shapes, with_references)
+    x.requires_grad_()
+    loss_func = draw_loss(data)
+    indices = None
+    if with_tuple and len(x) and (ref is None or len(ref)):
+        indices = draw_pairs(data, cases, y, y if ref is None else ref_y)[0]
+    loss = loss_func(x, y, indices, ref, ref_y)
+    loss.backward()
+    assert loss.isfinite()
+    # 0.4 x 1 + 0.5 x (2 + 2) + 0.1 x 2^2, weights times the largest values
+    assert -1e-5 <= loss <= 2.8 + 1e-4
+    if cases.gradients_fit(x, 1e3):
+        assert x.grad.isfinite().all()
+    if len(x) and (ref is None or len(ref)):
+        context = terms(loss_func, x, y, indices, ref, ref_y)["contextual_loss"] / 0.4
+        assert context.shape == (len(x),)
+        assert (context >= 0).all()
+        assert (context <= 1 + 1e-5).all()
+
+
+@WITH_REFERENCES
+@given(data=st.data(), with_tuple=st.booleans())
+def test_values_are_the_formulas(cases, data, with_tuple, with_references):
+    x, y, ref, ref_y = draw_call(data, cases, cases.small_shapes, with_references)
+    loss_func = draw_loss(
+        data, contextual_weight=1.0, contrastive_weight=1.0, similarity_weight=1.0
+    )
+    r, r_y = (x, y) if ref is None else (ref, ref_y)
+    assume(len(r))
+    assume(cases.norms_are_ordinary(x, r))
+    k, slack = loss_func.num_neighbors, loss_func.neighborhood_slack
+    s, rr = cases.unit(x) @ cases.unit(r).T, cases.unit(r) @ cases.unit(r).T
+    distances = (2 - 2 * s).clamp_min(0)
+    ref_distances = None if ref is None else (2 - 2 * rr).clamp_min(0)
+    assume(cases.has_gap(distances, k, slack, ref_distances))
+
+    same = y[:, None] == r_y
+    itself = (
+        (x[:, None].double() == r.double()).all(2) if ref is not None else torch.eye(len(x)) > 0
+    )
+    assume(not (x == 0).any(1).any())  # -0.0 is no copy of 0.0
+    pairs = (*same.nonzero().T, *(~same).nonzero().T)
+    if ref is None:
+        pairs = (*(same & ~itself).nonzero().T, *pairs[2:])
+    indices = None
+    if with_tuple:
+        indices, pairs = draw_pairs(data, cases, y, r_y)
+    context = cases.plain_context(distances, k, slack, ref_distances)
+    expected = {
+        "contextual_loss": ((context - same.double()).square() * ~itself).sum(1).mean() / len(r),
+        "contrastive_loss": plain_contrastive(loss_func, s, pairs),
+        "similarity_loss": (s.mean() - loss_func.target_similarity) ** 2,
+    }
+    # Which pairs are active is a threshold too.
+    margins = (loss_func.pos_margin - s).abs().min(), (s - loss_func.neg_margin).abs().min()
+    actual = terms(loss_func, x, y, indices, ref, ref_y)
+    for name, value in expected.items():
+        if name == "contrastive_loss" and min(margins) < 1e-4:
+            continue
+        assert float(actual[name].mean()) == pytest.approx(float(value), abs=2e-5), name
+
+
+@WITH_REFERENCES
+@given(data=st.data())
+def test_order_does_not_matter(cases, data, with_references):
+    x, y, ref, ref_y = draw_call(data, cases, cases.small_shapes, with_references, extreme=False)
+    loss_func = draw_loss(data)
+    r = x if ref is None else ref
+    assume(len(r) and cases.norms_are_ordinary(x, r))
+    s, rr = cases.unit(x) @ cases.unit(r).T, cases.unit(r) @ cases.unit(r).T
+    tables = 2 - 2 * s, None if ref is None else 2 - 2 * rr
+    slack = loss_func.neighborhood_slack
+    assume(cases.has_gap(tables[0], loss_func.num_neighbors, slack, tables[1]))
+    assume((loss_func.pos_margin - s).abs().min() > 1e-4)
+    assume((s - loss_func.neg_margin).abs().min() > 1e-4)
+    generator = torch.Generator().manual_seed(data.draw(cases.seeds))
+    order = torch.randperm(len(x), generator=generator)
+    before = terms(loss_func, x, y, None, ref, ref_y)
+    if ref is not None:
+        ref_order = torch.randperm(len(ref), generator=generator)
+        ref, ref_y = ref[ref_order], ref_y[ref_order]
+    after = terms(loss_func, x[order], y[order], None, ref, ref_y)
+    for name in before:
+        assert torch.allclose(after[name], before[name][order], atol=2e-5), name
+
+
+@WITH_REFERENCES
+@given(data=st.data(), exponent=st.integers(-6, 6))
+def test_scale_does_not_matter(cases, data, exponent, with_references):
+    x, y, ref, ref_y = draw_call(data, cases, cases.shapes, with_references, extreme=False)
+    loss_func = draw_loss(data)
+    factor = 2.0**exponent
+    for rows in (x, ref):
+        if rows is not None:
+            scaled = rows * factor
+            assume(scaled.isfinite().all() and torch.equal(scaled / factor, rows))
+            assume(cases.norms_are_ordinary(rows * 1e-3))
+    x.requires_grad_()
+    loss = loss_func(x, y, None, ref, ref_y)
+    y_again = loss_func(x * factor, y, None, None if ref is None else ref * factor, ref_y)
+    assert torch.equal(loss, y_again)
+
+
+@given(data=st.data())
+def test_similarity_is_symmetric_and_in_the_unit_interval(cases, data):
+    n, d = data.draw(cases.shapes)
+    x = data.draw(cases.embeddings(n, d))
+    assume(n)
+    k, slack = data.draw(NEIGHBORS), data.draw(SLACKS)
+    context = contextual_similarity(pairwise_cosine(x), k, slack)
+    assert torch.equal(context, context.T)
+    assert (context >= 0).all()
+    assert (context <= 1 + 1e-6).all()
+    queries = data.draw(cases.embeddings(data.draw(st.integers(1, 9)), d, dtype=x.dtype))
+    context = contextual_similarity(pairwise_cosine(queries, x), k, slack, pairwise_cosine(x))
+    assert context.shape == (len(queries), n)
+    assert (context >= 0).all()
+    assert (context <= 1 + 1e-6).all()
+
+
+@given(data=st.data())
+def test_the_batch_as_its_own_references(cases, data):
+    """Queries that are the references themselves get the similarities of a batch with itself."""
+    n, d = data.draw(cases.small_shapes)
+    x = data.draw(cases.embeddings(n, d, dtype=torch.float64, extreme=False))
+    k, slack = data.draw(NEIGHBORS), data.draw(SLACKS)
+    s = cases.unit(x) @ cases.unit(x).T
+    s.fill_diagonal_(1)  # the batch's own rule, which queries do not have
+    s = torch.minimum(s, torch.ones(()))
+    assume(cases.has_gap(2 - 2 * s, k, slack, tolerance=1e-9))
+    one, other = contextual_similarity(s, k, slack), contextual_similarity(s, k, slack, s)
+    assert torch.allclose(one, other, atol=1e-9)
+
+
+@WITH_REFERENCES
+@given(data=st.data(), collect_stats=st.booleans())
+def test_broken_rows_break_no_more_than_the_value(cases, data, collect_stats, with_references):
+    x, y, ref, ref_y = draw_call(data, cases, cases.shapes, with_references, broken=True)
+    loss_func = draw_loss(data, collect_stats=collect_stats)
+    loss = loss_func(x.requires_grad_(), y, None, ref, ref_y)
+    loss.backward()
+    assert loss.ndim == 0
+    if x.isfinite().all() and (ref is None or ref.isfinite().all()):
+        assert loss.isfinite()
+
+
+@given(data=st.data())
+def test_mask_of_copies_hides_them(cases, data):
+    n, d = data.draw(cases.small_shapes)
+    x, y = data.draw(cases.embeddings(n, d)), data.draw(cases.any_labels(n))
+    s = pairwise_cosine(x)
+    everything = torch.ones(n, n, dtype=torch.bool)
+    losses = contextual_loss(s, y, 4, 0.05, s, y, everything)
+    assert torch.equal(losses, torch.zeros(n, dtype=losses.dtype))
+
+
+@given(data=st.data())
+def test_refusals(cases, data):
+    n, d = data.draw(cases.small_shapes)
+    loss_func = ContextualLoss()
+    torch.manual_seed(data.draw(cases.seeds))
+    x, y = torch.randn(n, d), torch.arange(n)
+    index = torch.zeros(1).long()
+    calls = {
+        "no labels": lambda: loss_func(x),
+        "fewer labels": lambda: loss_func(x, y[1:]),
+        "label columns": lambda: loss_func(x, y[:, None]),
+        "integers": lambda: loss_func(x.long(), y),
+        "vectors": lambda: loss_func(x[:, 0], y),
+        "references without labels": lambda: loss_func(x, y, ref_emb=x.clone()),
+        "references of another size": lambda: loss_func(
+            x, y, ref_emb=torch.randn(n, d + 1), ref_labels=y
+        ),
+        "fewer reference labels": lambda: loss_func(x, y, ref_emb=x.clone(), ref_labels=y[1:]),
+        "pairs out of range": lambda: loss_func(x, y, (index, index, index, index + n)),
+    }
+    for name, call_wrongly in calls.items():
+        cases.assert_refused_without_a_trace(loss_func, call_wrongly, name)

@@ -1,0 +1,178 @@
+"""Properties of the functions that no component's test puts through everything."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from pml_extras.functional import (
+    class_interference,
+    class_vote,
+    exact_copies,
+    moving_class_means,
+    neighborhood_mask,
+    pairwise_cosine,
+)
+
+
+def draw_means(data, cases, num_classes, d):
+    generator = torch.Generator().manual_seed(data.draw(cases.seeds))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
+    means = torch.randn(num_classes, d, generator=generator, dtype=dtype)
+    return means, torch.randint(2, (num_classes,), generator=generator)
+
+
+@given(data=st.data(), num_classes=st.integers(1, 12), normalize=st.booleans())
+def test_moving_means_do_not_depend_on_the_order(cases, data, num_classes, normalize):
+    n, d = data.draw(cases.shapes)
+    n = max(n, 1)
+    x = data.draw(cases.embeddings(n, d, broken=True))
+    y = data.draw(cases.class_labels(n, num_classes)).long()
+    means, counts = draw_means(data, cases, num_classes, d)
+    new = moving_class_means(means, counts, x, y, 0.7, normalize)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(data.draw(cases.seeds)))
+    permuted = moving_class_means(means, counts, x[order], y[order], 0.7, normalize)
+    for a, b in zip(new, permuted, strict=True):
+        assert torch.equal(a[order], b)
+    for c in range(num_classes):
+        assert len(torch.unique(new[0][y == c], dim=0)) <= 1
+
+
+@given(data=st.data(), num_classes=st.integers(1, 12))
+def test_moving_means_are_right_and_classes_apart(cases, data, num_classes):
+    n, d = data.draw(cases.shapes)
+    n = max(n, 1)
+    x = data.draw(cases.embeddings(n, d, broken=True))
+    y = data.draw(cases.class_labels(n, num_classes)).long()
+    means, counts = draw_means(data, cases, num_classes, d)
+    new, new_counts = moving_class_means(means, counts, x, y, 0.7)
+    assert new.dtype == means.dtype
+    finite = x.isfinite().all(1)
+    limit = torch.finfo(means.dtype).max
+    for i in range(n):
+        members = x[finite & (y == y[i])].double()
+        assert new_counts[i] == counts[y[i]] + len(members)
+        expected = means[y[i]].double()
+        if len(members):
+            mean = members.mean(0)
+            expected = 0.7 * expected + 0.3 * mean if counts[y[i]] else mean
+        if expected.abs().max() < limit / 2:
+            size = float(torch.cat([members.flatten(), means[y[i]].double()]).abs().max())
+            assert ((new[i] - expected).abs() <= 1e-6 * size + 1e-44).all()
+
+
+@given(data=st.data())
+def test_copies_are_the_rows_with_equal_bits(cases, data):
+    n, d = data.draw(cases.shapes)
+    x = data.draw(cases.embeddings(n, d, broken=True))
+    ref = data.draw(cases.embeddings(data.draw(st.integers(0, 20)), d, dtype=x.dtype, broken=True))
+    if data.draw(st.booleans()):
+        signs = data.draw(st.sampled_from([1.0, 2.0, 0.5]))
+        x, ref = (torch.where(rows > 0, signs, -signs).to(x.dtype) for rows in (x, ref))
+    ref = torch.cat([ref, x.flip(0)])
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    bits, ref_bits = x.view(integer), ref.view(integer)
+    expected = (bits[:, None] == ref_bits).all(2)
+    nan = x.isnan().any(1)[:, None] | ref.isnan().any(1)
+    # Widening a NaN may change its bits.
+    assert torch.equal(exact_copies(x, ref) | nan, expected | nan)
+
+
+@given(data=st.data())
+def test_cosines(cases, data):
+    n, d = data.draw(cases.shapes)
+    x = data.draw(cases.embeddings(n, d))
+    ref = data.draw(cases.embeddings(data.draw(st.integers(0, 20)), d, dtype=x.dtype))
+    cosines = pairwise_cosine(x, ref)
+    assert cosines.shape == (n, len(ref))
+    assert cosines.isfinite().all()
+    assert (cosines.abs() <= 1 + 1e-6).all()
+    if cases.norms_are_ordinary(x, ref):
+        assert torch.allclose(cosines.double(), cases.unit(x) @ cases.unit(ref).T, atol=2e-6)
+
+
+@given(data=st.data(), k=st.integers(1, 50), slack=st.sampled_from([0.0, 0.1, 1.0]))
+def test_neighbourhoods_hold_k_or_more(cases, data, k, slack):
+    n, d = data.draw(cases.small_shapes)
+    table = data.draw(cases.embeddings(n, d, dtype=torch.float64, extreme=False))
+    mask = neighborhood_mask(table, k, slack)
+    assert (mask.sum(1) >= min(k, d)).all()
+    farthest_in = table.masked_fill(~mask, -float("inf")).amax(1)
+    nearest_out = table.masked_fill(mask, float("inf")).amin(1)
+    assert (farthest_in < nearest_out).all()
+
+
+@given(data=st.data())
+def test_votes_are_shares(cases, data):
+    n, r = data.draw(cases.small_shapes)
+    generator = torch.Generator().manual_seed(data.draw(cases.seeds))
+    context = torch.rand(n, r, generator=generator, dtype=torch.float64).mul(4).floor() / 4
+    y = data.draw(cases.any_labels(n))
+    ref_y = y[torch.randint(n, (r,), generator=generator)]
+    excluded = torch.rand(n, r, generator=generator) < 0.2
+    vote = class_vote(context, y, ref_y, excluded)
+    for i in range(n):
+        shares = {}
+        for j in range(r):
+            if not excluded[i, j]:
+                label = int(ref_y[j])
+                shares[label] = shares.get(label, 0) + float(context[i, j])
+        total, own = sum(shares.values()), shares.pop(int(y[i]), 0)
+        assert abs(float(vote.share[i]) - (own / total if total else 0.5)) < 1e-12
+        assert bool(vote.trusted[i]) == (own >= max(shares.values(), default=0))
+
+
+@given(data=st.data(), num_classes=st.integers(1, 12), strength=st.floats(0, 0.49))
+def test_interference_is_bounded_by_the_distance_to_a_mean(cases, data, num_classes, strength):
+    n, d = data.draw(cases.shapes)
+    x = data.draw(cases.embeddings(n, d, extreme=False, broken=True))
+    y = data.draw(cases.class_labels(n, num_classes)).long()
+    means, counts = draw_means(data, cases, num_classes, d)
+    seed = data.draw(cases.seeds)
+    probability = data.draw(st.sampled_from([0.0, 0.5, 1.0]))
+    random_strength = data.draw(st.booleans())
+    moved, again = (
+        class_interference(
+            x,
+            y,
+            means,
+            counts,
+            strength,
+            probability,
+            normalize=False,
+            random_strength=random_strength,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        for _ in range(2)
+    )
+    finite = x.isfinite().all(1)
+    assert torch.equal(moved[finite], again[finite])
+    assert moved[finite].isfinite().all()
+    for i in finite.nonzero().flatten().tolist():
+        targets = means[(counts > 0) & (torch.arange(num_classes) != y[i])].double()
+        shift = (moved[i].double() - x[i].double()).norm()
+        if len(targets) == 0 or probability == 0:
+            assert shift == 0
+        else:
+            farthest = (targets - x[i].double()).norm(dim=1)
+            rounding = 1e-6 * (float(x[i].double().norm()) + float(targets.norm()))
+            assert shift <= strength * farthest.max() + rounding
+            if probability == 1 and not random_strength:
+                assert (strength * farthest - shift).abs().min() <= rounding
+
+
+@given(data=st.data())
+def test_interference_draws_the_same_whatever_the_embeddings(cases, data):
+    """The draws must not depend on values, or ranks and resumed runs would drift apart."""
+    n, d = data.draw(cases.shapes)
+    y = data.draw(cases.class_labels(n, 4)).long()
+    means, counts = draw_means(data, cases, 4, d)
+    states = []
+    for _ in range(2):
+        generator = torch.Generator().manual_seed(3)
+        x = data.draw(cases.embeddings(n, d, broken=True))
+        class_interference(x, y, means, counts, generator=generator)
+        states.append(generator.get_state())
+    assume(n)
+    assert torch.equal(*states)
