@@ -67,3 +67,10 @@ def test_other_classes_stay(state):
     untouched = [0, 3, 4, 5, 6]
     assert torch.equal(means[untouched], state[0][untouched])
     assert torch.equal(counts[untouched], state[1][untouched])
+
+
+def test_a_large_row_does_not_drown_other_classes():
+    x, labels = torch.tensor([[1e30, 0.0], [1.0, 1.0], [1.0, 2.0]]), torch.arange(3)
+    means, counts = apply(torch.zeros(3, 2), torch.zeros(3).long(), x, labels, momentum=0.9)
+    assert torch.equal(means, x)
+    assert torch.equal(counts, torch.ones(3).long())

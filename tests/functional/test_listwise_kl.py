@@ -86,3 +86,15 @@ def test_no_gradient_reaches_the_teacher():
     listwise_kl(student, teacher).sum().backward()
     assert student.grad.abs().sum() > 0
     assert teacher.grad is None
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.01, 0.001])
+def test_low_temperatures_do_not_overflow(temperature):
+    student = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [1.0, 0.1]], requires_grad=True)
+    teacher = torch.tensor([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.1]])
+    kl = listwise_kl(student, teacher, temperature)
+    f, g = normalize(student.detach().double()), normalize(teacher.double())
+    log_q, log_p = ((x @ x.T / temperature).log_softmax(1) for x in (f, g))
+    expected = (log_p.exp() * (log_p - log_q)).sum(1)
+    assert torch.allclose(kl.double(), expected, rtol=1e-3)
+    assert torch.autograd.grad(kl.sum(), student)[0].isfinite().all()

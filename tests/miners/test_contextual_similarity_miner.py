@@ -221,3 +221,16 @@ def test_needs_no_gradient():
 def test_bad_settings_are_named(setting, value):
     with pytest.raises(ValueError, match=f"^{setting} must .*, got {value!r}"):
         ContextualSimilarityMiner(**{setting: value})
+
+
+@pytest.mark.parametrize("distance", DISTANCES, ids=lambda d: type(d).__name__)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_takes_no_others_with_it(distance, bad):
+    x, _, labels = mixture(num_classes=8, per_class=6)
+    miner = ContextualSimilarityMiner(distance=distance)
+    clean = miner(x, labels)
+    broken = torch.cat([x, torch.full((1, 32), bad)])
+    pairs = miner(broken, torch.cat([labels, labels[:1]]))
+    assert all((index < len(x)).all() for index in pairs)
+    assert as_set(*pairs[:2]) == as_set(*clean[:2])
+    assert as_set(*pairs[2:]) == as_set(*clean[2:])

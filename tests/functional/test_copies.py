@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pml_extras.functional import exact_copies
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_copies_are_the_rows_with_equal_bits(dtype):
+    x = torch.randn(40, 6, dtype=dtype).round()
+    references = torch.cat([x[::3], -x, x.flip(1), torch.randn(5, 6, dtype=dtype)])
+    expected = (x[:, None] == references).all(2)
+    both_zeros = (
+        (x[:, None] == 0) & (references == 0) & (x[:, None].signbit() ^ references.signbit())
+    )
+    assert torch.equal(exact_copies(x, references), expected & ~both_zeros.any(2))
+
+
+def test_changes_of_sign_do_not_cancel():
+    x = torch.randn(8, 8, dtype=torch.float64)
+    assert not exact_copies(x, -x).any()
+    assert not exact_copies(x, x * torch.tensor([-1, -1, 1, 1, 1, 1, 1, 1])).any()
