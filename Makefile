@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/train.py --loss contextual --dataset digits --out runs/demo --overwrite
 
 test: lint
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --cov
 
 test-long: lint
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -n auto -m "long or not long"
