@@ -7,6 +7,10 @@ from torch import Tensor
 from torch.nn.functional import normalize, softplus
 
 from ._precision import full_precision
+from .negative_logsumexp import negative_logsumexp
+
+# Up to this many logits, holding them all is no slower than working them out twice.
+FEW_LOGITS = 1 << 20
 
 
 @full_precision
@@ -50,22 +54,28 @@ def center_contrastive_loss(
         >>> center_contrastive_loss(x, torch.eye(2), torch.tensor([0, 1]))
         tensor([2.7608e-06, 2.7608e-06])
     """
-    x, c = normalize(embeddings), normalize(centers)
-    own = c[labels]
+    x = normalize(embeddings)
+    if len(x) * len(centers) > FEW_LOGITS:
+        total, own = negative_logsumexp(x, centers, labels, scale, seen)
+    else:
+        c = normalize(centers)
+        own = c[labels]
+        # The class's own column is masked with the lowest number rather than with -inf, whose
+        # gradient is NaN where there is no other class.
+        lowest = torch.finfo(x.dtype).min
+        negative_logits = (scale * (x @ c.T)).scatter(1, labels[:, None], lowest)
+        if seen is not None:
+            negative_logits = negative_logits.masked_fill(~seen, lowest)
+        total = negative_logits.logsumexp(1)
     own_logit = scale * ((x * own).sum(1) - margin)
-    # The class's own column is masked with the lowest number rather than with -inf, whose gradient
-    # is NaN where there is no other class.
-    lowest = torch.finfo(x.dtype).min
-    negative_logits = (scale * (x @ c.T)).scatter(1, labels[:, None], lowest)
-    if seen is not None:
-        negative_logits = negative_logits.masked_fill(~seen, lowest)
     # Not cross_entropy: there the loss of an easy sample is the difference of two nearly equal
     # numbers, and nothing is left of it in float32 at s = 64. (The default threshold of softplus,
     # 20, is too low for float64 gradients.)
-    losses = softplus(negative_logits.logsumexp(1) - own_logit, threshold=80)
+    losses = softplus(total - own_logit, threshold=80)
     if label_smoothing > 0:
         # With L = -log softmax_y(z), -log softmax_j(z) = L + z_y - z_j. Averaged over j, which are
         # the seen classes and the sample's own:
+        c = normalize(centers)
         if seen is None:
             seen = torch.ones(len(c), dtype=torch.bool, device=c.device)
         own_seen = seen[labels]
