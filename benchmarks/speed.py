@@ -1,0 +1,360 @@
+#!/usr/bin/env python3
+"""Time and memory of the methods, as ratios to plain transcriptions and to PML's own, in one run.
+
+    python benchmarks/speed.py                  # everything, into benchmarks/results/MACHINE.json
+    python benchmarks/speed.py contextual knn   # some cases
+    python benchmarks/speed.py --render         # the tables in benchmarks/README.md
+
+The contenders of a case take turns, so that whatever slows the machine down slows all of them; the
+figures are medians, with the spread of the middle half. Memory is what a fresh process, which does
+nothing else, needs beyond what it had before the first call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import reference
+import torch
+from pytorch_metric_learning import losses as pml_losses
+from pytorch_metric_learning import miners as pml_miners
+from pytorch_metric_learning.utils.inference import FaissKNN
+
+from pml_extras import functional
+from pml_extras.distillation import SelfDistillation, SnapshotTeacher
+from pml_extras.inference import ContextualKNN
+from pml_extras.losses import CenterContrastiveLoss, ContextualLoss
+from pml_extras.miners import ContextualSimilarityMiner
+from pml_extras.regularizers import ClassInterferenceRegularizer
+
+RESULTS = Path(__file__).parent / "results"
+Contenders = dict[str, Callable[[], Any]]
+
+
+def clustered(n: int, dim: int, per_class: int = 4, noise: float = 0.6) -> Any:
+    torch.manual_seed(0)
+    labels = torch.arange(n) // per_class
+    x = torch.randn(n // per_class, dim)[labels] + noise * torch.randn(n, dim)
+    return x.to(DEVICE).requires_grad_(), labels.to(DEVICE)
+
+
+def step(loss: Callable[[], torch.Tensor], *inputs: torch.Tensor) -> Callable[[], Any]:
+    """Forward and backward."""
+    return lambda: torch.autograd.grad(loss(), inputs)
+
+
+def contextual(n: int, noise: float = 0.6, dim: int = 512) -> Contenders:
+    x, labels = clustered(n, dim, noise=noise)
+
+    def ours() -> torch.Tensor:
+        if functional.sparse_pays(x, labels):
+            return functional.sparse_contextual_loss(x, labels).mean()
+        return functional.contextual_loss(functional.pairwise_cosine(x), labels).mean()
+
+    return {
+        "pml_extras": step(ours, x),
+        "plain": step(lambda: reference.contextual_loss(x, labels), x),
+    }
+
+
+def contextual_against_pml(n: int) -> Contenders:
+    x, labels = clustered(n, 512)
+    ours, theirs = ContextualLoss(), pml_losses.MultiSimilarityLoss()
+    return {
+        "pml_extras": step(lambda: ours(x, labels), x),
+        "MultiSimilarityLoss": step(lambda: theirs(x, labels), x),
+    }
+
+
+def contextual_large(n: int) -> Contenders:
+    x, labels = clustered(n, 128)
+    return {"pml_extras": step(lambda: functional.sparse_contextual_loss(x, labels).mean(), x)}
+
+
+def centers(num_classes: int, n: int = 512, dim: int = 128) -> Contenders:
+    torch.manual_seed(0)
+    x = torch.randn(n, dim, device=DEVICE, requires_grad=True)
+    c = torch.randn(num_classes, dim, device=DEVICE, requires_grad=True)
+    labels = torch.randint(num_classes, (n,), device=DEVICE)
+    contenders = {
+        "pml_extras": step(lambda: functional.center_contrastive_loss(x, c, labels).mean(), x, c),
+        "plain": step(lambda: reference.center_contrastive_loss(x, c, labels), x, c),
+    }
+    for name in ("NormalizedSoftmaxLoss", "ArcFaceLoss"):
+        # Each is made when it is first called, so that its proxies are part of its memory alone.
+        made: dict[str, Any] = {}
+
+        def call(name: str = name, made: dict[str, Any] = made) -> Any:
+            loss = made.setdefault("loss", None)
+            if loss is None:
+                loss = made["loss"] = getattr(pml_losses, name)(num_classes, dim).to(DEVICE)
+            return torch.autograd.grad(loss(x, labels), (x, loss.W))
+
+        contenders[name] = call
+    return contenders
+
+
+def center_updates(num_classes: int, n: int = 512, dim: int = 128) -> Contenders:
+    torch.manual_seed(0)
+    x = torch.randn(n, dim, device=DEVICE, requires_grad=True)
+    labels = torch.randint(num_classes, (n,), device=DEVICE)
+    average = CenterContrastiveLoss(num_classes, dim, center_update="average").to(DEVICE)
+    average.class_counts += 1
+    with torch.no_grad():
+        average.centers.normal_()
+    gradient = CenterContrastiveLoss(num_classes, dim).to(DEVICE)
+    optimizer = torch.optim.Adam(gradient.parameters(), lr=0.1)
+
+    def optimized() -> None:
+        optimizer.zero_grad()
+        gradient(x, labels).backward()
+        optimizer.step()
+
+    return {"pml_extras": lambda: average(x, labels).backward(), "gradient + Adam": optimized}
+
+
+def listwise(n: int) -> Contenders:
+    x, _ = clustered(n, 128)
+    teacher = torch.randn(n, 128, device=DEVICE)
+    return {
+        "pml_extras": step(lambda: functional.listwise_kl(x, teacher).mean(), x),
+        "plain": step(lambda: reference.listwise_kl(x, teacher), x),
+    }
+
+
+def distillation(n: int) -> Contenders:
+    """A step with distillation, against the same with the teacher's forward pass alone."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(784, 2048), torch.nn.ReLU(), torch.nn.Linear(2048, 2048)]
+    trunk = torch.nn.Sequential(*layers, torch.nn.ReLU(), torch.nn.Linear(2048, 128)).to(DEVICE)
+    inputs, labels = torch.randn(n, 784, device=DEVICE), torch.arange(n, device=DEVICE) // 4
+    base = pml_losses.MultiSimilarityLoss()
+    distilled = SelfDistillation(base, SnapshotTeacher(trunk), num_epochs=2)
+    distilled.end_epoch()
+    network = distilled.teacher.network
+
+    def with_forward_alone() -> None:
+        base(trunk(inputs), labels).backward()
+        distilled.teacher.forget()
+        with torch.no_grad():
+            network(inputs)
+
+    return {
+        "pml_extras": lambda: distilled(trunk(inputs), labels).backward(),
+        "teacher's forward alone": with_forward_alone,
+    }
+
+
+def miner(n: int) -> Contenders:
+    x, labels = clustered(n, 128, per_class=8, noise=0.9)
+    ours, theirs = ContextualSimilarityMiner(), pml_miners.MultiSimilarityMiner()
+    return {
+        "pml_extras": lambda: ours(x, labels),
+        "MultiSimilarityMiner": lambda: theirs(x, labels),
+    }
+
+
+def interference(n: int) -> Contenders:
+    x, labels = clustered(n, 128)
+    plain = pml_losses.TripletMarginLoss(triplets_per_anchor="all" if n <= 64 else 100)
+    regularizer = ClassInterferenceRegularizer(n // 4, 128).to(DEVICE)
+    interfered = regularizer.attach(pml_losses.TripletMarginLoss(triplets_per_anchor=100))
+    return {
+        "pml_extras": step(lambda: interfered(x, labels), x),
+        "TripletMarginLoss": step(lambda: plain(x, labels), x),
+    }
+
+
+def knn(n: int, dim: int = 128, k: int = 20) -> Contenders:
+    x, _ = clustered(n, dim, per_class=20, noise=0.9)
+    x = torch.nn.functional.normalize(x.detach())
+    contenders: Contenders = {
+        "pml_extras": lambda: ContextualKNN(num_neighbors=20)(x, k, x, True),
+        "FaissKNN": lambda: FaissKNN()(x, k, x, True),
+    }
+    if n <= 5000:
+        contenders["k-reciprocal"] = lambda: reference.k_reciprocal_rerank(x.cpu().numpy())
+    return contenders
+
+
+# Name, what is measured, the contenders, and how many turns they take.
+CASES: dict[str, tuple[str, Callable[[], Contenders], int]] = {
+    **{
+        f"contextual-{n}": (f"Contextual term, N={n}, D=512", lambda n=n: contextual(n), turns)
+        for n, turns in ((128, 31), (512, 11), (1024, 5), (2048, 3), (4096, 1))
+    },
+    "contextual-dense-512": (
+        "Contextual term, N=512, all samples neighbours",
+        lambda: contextual(512, noise=0.0),
+        11,
+    ),
+    "contextual-spread-1024": (
+        "Contextual term, N=1024, random embeddings",
+        lambda: contextual(1024, noise=30.0),
+        5,
+    ),
+    "contextual-pml": ("ContextualLoss, N=512", lambda: contextual_against_pml(512), 11),
+    "contextual-32768": (
+        "Contextual term, N=32,768, D=128",
+        lambda: contextual_large(32768),
+        1,
+    ),
+    **{
+        f"centers-{c}": (f"Center loss, C={c:,}, N=512, D=128", lambda c=c: centers(c), turns)
+        for c, turns in ((100, 31), (1000, 15), (10_000, 7), (100_000, 5))
+    },
+    "center-updates": (
+        '"average" centers, a step, C=100,000',
+        lambda: center_updates(100_000),
+        5,
+    ),
+    **{f"listwise-{n}": (f"Listwise KL, N={n}", lambda n=n: listwise(n), 11) for n in (112, 512)},
+    "distillation-512": ("SelfDistillation, N=512", lambda: distillation(512), 11),
+    "miner-512": ("Miner, N=512", lambda: miner(512), 11),
+    "miner-4096": ("Miner, N=4096", lambda: miner(4096), 3),
+    "interference-512": (
+        "Interference with a triplet loss, N=512",
+        lambda: interference(512),
+        15,
+    ),
+    "knn-5000": ("Re-ranking, 5,000 against themselves", lambda: knn(5000), 3),
+    "knn-20000": ("Re-ranking, 20,000 against themselves", lambda: knn(20000), 3),
+}
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    function()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def measure(name: str) -> dict[str, Any]:
+    what, make, turns = CASES[name]
+    contenders = make()
+    times: dict[str, list[float]] = {contender: [] for contender in contenders}
+    for turn in range(turns + 1):
+        for contender, function in contenders.items():
+            took = seconds(function)
+            if turn > 0 or turns == 1:  # the first is to warm up
+                times[contender].append(took)
+    summary = {}
+    for contender, values in times.items():
+        low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+        summary[contender] = {
+            "median_ms": 1e3 * statistics.median(values),
+            "middle_half_ms": [1e3 * low, 1e3 * high],
+            "turns": len(values),
+            "extra_mib": memory(name, contender),
+        }
+        print(f"  {contender:24} {summary[contender]['median_ms']:10.2f} ms"
+              f" {summary[contender]['extra_mib']:9.1f} MiB", flush=True)  # fmt: skip
+    return {"what": what, "contenders": summary}
+
+
+def memory(name: str, contender: str) -> float:
+    """Peak memory beyond the inputs, in a process of its own."""
+    command = [sys.executable, __file__, "--memory-of", name, contender, "--device", DEVICE]
+    output = subprocess.run(
+        [*command, "--threads", str(torch.get_num_threads())],
+        check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    return float(output.split()[-1])
+
+
+def memory_here(name: str, contender: str) -> float:
+    function = CASES[name][1]()[contender]
+    if DEVICE == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    # What the libraries take when they are first used is not the method's.
+    small = torch.randn(64, 8, requires_grad=True)
+    functional.sparse_contextual_loss(small, torch.arange(64)).sum().backward()
+    (small @ small.T).logsumexp(1).sum().backward()
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak begins anew at what is held
+    before = status_kib("VmRSS")
+    function()
+    return (status_kib("VmHWM") - before) / 2**10
+
+
+def status_kib(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def render() -> None:
+    lines = [
+        "# Speed and memory",
+        "",
+        "Rendered by `python benchmarks/speed.py --render` from `results/`. Time and memory are "
+        "ratios of pml_extras to the contender, measured in one run: below 1, pml_extras is ahead.",
+    ]
+    for path in sorted(RESULTS.glob("*.json")):
+        run = json.loads(path.read_text())
+        lines += ["", f"## {run['machine']}", "", run["versions"], ""]
+        lines += [
+            "| | ms | MiB | against | time | memory |",
+            "| --- | --: | --: | --- | --: | --: |",
+        ]
+        for case in run["cases"].values():
+            ours = case["contenders"]["pml_extras"]
+            row = f"| {case['what']} | {ours['median_ms']:.1f} | {ours['extra_mib']:.0f} "
+            others = [(n, c) for n, c in case["contenders"].items() if n != "pml_extras"]
+            for other, theirs in others:
+                time_ratio = ours["median_ms"] / theirs["median_ms"]
+                both = (ours["extra_mib"], theirs["extra_mib"])
+                # Below a few MiB the allocator's habits are all there is to see.
+                of_memory = f"{both[0] / both[1]:.2f}" if min(both) > 4 else ""
+                lines.append(f"{row}| {other} | {time_ratio:.2f} | {of_memory} |")
+                row = "| | | "
+            if not others:
+                lines.append(f"{row}| | | |")
+    (Path(__file__).parent / "README.md").write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    global DEVICE
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cases", nargs="*", help="beginnings of cases' names; default: all")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--out", default=platform.machine())
+    parser.add_argument("--render", action="store_true")
+    parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    DEVICE = args.device
+    torch.set_num_threads(args.threads)
+    if args.memory_of:
+        print(memory_here(*args.memory_of))
+        return
+    path = RESULTS / f"{args.out}-{DEVICE}.json"
+    if not args.render:
+        run = json.loads(path.read_text()) if path.exists() else {"cases": {}}
+        machine = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.machine()
+        run["machine"] = f"{machine}, {args.threads} threads"
+        run["versions"] = f"Python {platform.python_version()}, torch {torch.__version__}"
+        for name in CASES:
+            if not args.cases or any(name.startswith(prefix) for prefix in args.cases):
+                print(name, flush=True)
+                run["cases"][name] = measure(name)
+                path.write_text(json.dumps(run, indent=1) + "\n")
+    render()
+
+
+DEVICE = "cpu"
+
+if __name__ == "__main__":
+    main()
