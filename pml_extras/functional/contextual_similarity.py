@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -95,12 +97,9 @@ def contextual_similarity_from_distances(
     references are ours.
     """
     if ref_distances is None:
-        distances = ref_distances = _nearest_to_itself(distances)
-        to_self = True
-    else:
-        ref_distances = _nearest_to_itself(ref_distances)
-        to_self = False
-
+        within: Tensor = _WithinBatch.apply(distances, num_neighbors, slack)  # type: ignore[no-untyped-call]
+        return within
+    ref_distances = _nearest_to_itself(ref_distances)
     k = min(num_neighbors, ref_distances.shape[1])
     half_k = max(k // 2, 1)
 
@@ -111,10 +110,6 @@ def contextual_similarity_from_distances(
     ref_nearest = _step(ref_distances, ref_half_radius)
     ref_opinion = _agreement(ref_near, ref_near) * ref_near
     ref_reciprocal = ref_nearest * ref_nearest.T
-    ref_context = _average_over(ref_reciprocal, ref_opinion)
-    if to_self:
-        return (ref_context + ref_context.T) / 2
-
     near = _step(distances, _radius(distances, k, slack))
     nearest = _step(distances, _radius(distances, half_k, slack))
     seen_near = _step(distances, ref_radius.T)
@@ -123,6 +118,58 @@ def contextual_similarity_from_distances(
     opinion_of_query = _agreement(ref_near, near) * seen_near.T
     context_back = _average_over(ref_reciprocal, opinion_of_query)
     return (context + context_back.T) / 2
+
+
+class _WithinBatch(torch.autograd.Function):
+    """The contextual similarity of a batch with itself: two matrix products, three in backward.
+
+    The closed form is derived in :func:`sparse_contextual_loss`; autograd through the steps takes
+    six products and holds on to three times as many matrices.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, distances: Tensor, num_neighbors: int, slack: float) -> Tensor:
+        n = len(distances)
+        k = min(num_neighbors, n)
+        distances = _nearest_to_itself(distances)
+        radii = distances.topk(k, dim=1, largest=False).values + slack
+        near = (distances <= radii[:, -1:]).to(distances.dtype)
+        nearest = (distances <= radii[:, max(k // 2, 1) - 1, None]).to(distances.dtype)
+
+        members = near.sum(1, keepdim=True)
+        strangers = n - members
+        per_stranger = 0.5 / strangers.clamp_min(1)
+        per_shared = 0.5 / members + per_stranger
+        agreement = (near @ near.T).mul_(per_shared).add_(per_stranger * (strangers - members.T))
+        opinion = agreement * near
+        reciprocal = nearest * nearest.T
+        per_friend = 1 / reciprocal.sum(1, keepdim=True)
+        context = (reciprocal @ opinion).mul_(per_friend)
+        ctx.save_for_backward(
+            near, nearest, per_shared, per_stranger, agreement, opinion, reciprocal, per_friend
+        )
+        return (context + context.T) / 2
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("contextual similarity cannot be differentiated twice")
+        near, nearest, per_shared, per_stranger, agreement, opinion, reciprocal, per_friend = (
+            ctx.saved_tensors
+        )
+        by_context = (upstream + upstream.T).mul_(per_friend / 2)
+        by_opinion = reciprocal @ by_context
+        by_reciprocal = by_context @ opinion.T
+        by_reciprocal -= (reciprocal * by_reciprocal).sum(1, keepdim=True) * per_friend
+        by_nearest = (by_reciprocal + by_reciprocal.T).mul_(nearest.T)
+
+        on_members = by_opinion * near
+        by_shared = on_members * per_shared
+        by_strangers = on_members.mul_(per_stranger)
+        constant = by_strangers.sum(1) + by_strangers.sum(0)
+        by_near = by_opinion.mul_(agreement).addmm_(by_shared + by_shared.T, near)
+        by_distance = by_near.add_(by_nearest).sub_(constant[:, None]).mul_(-STEP_SLOPE)
+        return by_distance.fill_diagonal_(0), None, None
 
 
 def neighborhood_mask(distances: Tensor, num_neighbors: int, slack: float) -> Tensor:
