@@ -14,9 +14,9 @@ from .contextual_similarity import STEP_SLOPE
 
 # How many similarities to look at in one go.
 BLOCK = 1 << 22
-# Where sparse products overtake dense ones on two CPU cores: batches of this size, with this many
-# times fewer members in a neighbourhood and in a class.
-SMALLEST, SPARSITY = 384, 64
+# Where sparse products overtake dense ones on two CPU cores: in batches this many times larger than
+# a neighbourhood and a class.
+SPARSITY = 120
 SMALLEST_ON_GPU = 8192
 
 
@@ -81,7 +81,7 @@ def sparse_pays(
     no word from the host.
     """
     n = len(embeddings)
-    smallest = SMALLEST_ON_GPU if embeddings.is_cuda else SMALLEST
+    smallest = SMALLEST_ON_GPU if embeddings.is_cuda else num_neighbors * SPARSITY
     has_mkl = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
     if n < smallest or not (embeddings.is_cuda or has_mkl):
         return False
