@@ -45,6 +45,12 @@ class ContextualLoss(ShowsSettings, BaseMetricLossFunction):
     If the log shows neighbourhoods as large as the batch, the embeddings are too concentrated for
     the slack: lower it.
 
+    With ``ref_emb``, neighbours are references: in a :class:`CrossBatchMemory` the whole memory is
+    the context. References that equal a sample to the last bit count as the sample itself.
+
+    Large batches with small neighbourhoods and classes take a sparse way to the same loss and
+    gradient; that and the dense way within a batch cannot be differentiated twice.
+
     Args:
         num_neighbors: k >= 1, the sample itself included. Clamped to the batch, with a warning.
         neighborhood_slack: eps >= 0, in units of squared distance between unit vectors.
@@ -63,11 +69,12 @@ class ContextualLoss(ShowsSettings, BaseMetricLossFunction):
     similarity of positive and negative pairs) and ``avg_similarity``.
 
     Raises:
-        ValueError: without labels, with ``ref_emb``, or for a setting out of range.
+        ValueError: without labels, with ``ref_emb`` but no ``ref_labels``, for embeddings that are
+            no rows of floating-point numbers, or for a setting out of range.
 
     Source: arXiv 2210.01908 and its authors' code, whose settings for 256-pixel images are the
     defaults. Unlike there, all batches give finite values: N < k, k = 1, and neighbourhoods of the
-    whole batch too.
+    whole batch too. References and the closed form of the gradient are ours.
 
     Example:
         >>> import torch
