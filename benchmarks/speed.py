@@ -95,9 +95,9 @@ def centers(num_classes: int, n: int = 512, dim: int = 128) -> Contenders:
         made: dict[str, Any] = {}
 
         def call(name: str = name, made: dict[str, Any] = made) -> Any:
-            loss = made.setdefault("loss", None)
-            if loss is None:
-                loss = made["loss"] = getattr(pml_losses, name)(num_classes, dim).to(DEVICE)
+            if "loss" not in made:
+                made["loss"] = getattr(pml_losses, name)(num_classes, dim).to(DEVICE)
+            loss = made["loss"]
             return torch.autograd.grad(loss(x, labels), (x, loss.W))
 
         contenders[name] = call
@@ -166,7 +166,7 @@ def miner(n: int) -> Contenders:
 
 def interference(n: int) -> Contenders:
     x, labels = clustered(n, 128)
-    plain = pml_losses.TripletMarginLoss(triplets_per_anchor="all" if n <= 64 else 100)
+    plain = pml_losses.TripletMarginLoss(triplets_per_anchor=100)
     regularizer = ClassInterferenceRegularizer(n // 4, 128).to(DEVICE)
     interfered = regularizer.attach(pml_losses.TripletMarginLoss(triplets_per_anchor=100))
     return {

@@ -62,9 +62,8 @@ def _batch_class_means(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tens
     x = torch.where(finite[:, None], embeddings, 0).double()
     # Floating-point sums depend on the order of the rows, and under DistributedLossWrapper each
     # rank sees another order. Sums of integers do not: 2^40 steps up to the class's largest value.
-    slot = torch.searchsorted(
-        labels.sort().values, labels.contiguous()
-    )  # one number a class, below N
+    # One number a class, below N.
+    slot = torch.searchsorted(labels.sort().values, labels.contiguous())
     largest = x.new_zeros(len(x)).scatter_reduce_(0, slot, x.abs().amax(1), "amax")[slot]
     shift = (40 - torch.frexp(largest).exponent).clamp_max(1000).double()[:, None]
     fixed_point = torch.ldexp(x, shift).round().long()

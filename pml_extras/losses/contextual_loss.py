@@ -161,7 +161,7 @@ class ContextualLoss(ShowsSettings, BaseMetricLossFunction):
             return self.zero_losses()
         self.check_batch(ref_labels)
         to_self = ref_emb is embeddings and ref_labels is labels
-        similarities = pairwise_cosine(embeddings, ref_emb)
+        similarities = pairwise_cosine(embeddings, None if to_self else ref_emb)
         references = (
             (None, None, None)
             if to_self
