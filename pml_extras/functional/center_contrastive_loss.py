@@ -9,9 +9,6 @@ from torch.nn.functional import normalize, softplus
 from ._precision import full_precision
 from .negative_logsumexp import negative_logsumexp
 
-# Up to this many logits, holding them all is no slower than working them out twice.
-FEW_LOGITS = 1 << 20
-
 
 @full_precision
 def center_contrastive_loss(
@@ -31,6 +28,8 @@ def center_contrastive_loss(
     :math:`z_{iy_i} = s\,(x_i \cdot c_{y_i} - m)`,
 
     .. math:: \ell_i = -\log \mathrm{softmax}_{y_i}(z_i) + \lambda\,|x_i - c_{y_i}|^2
+
+    where the squared distance is :math:`2 - 2\,x_i \cdot c_{y_i}`.
 
     Args:
         embeddings: (N, D), any floating dtype and scale.
@@ -54,20 +53,8 @@ def center_contrastive_loss(
         >>> center_contrastive_loss(x, torch.eye(2), torch.tensor([0, 1]))
         tensor([2.7608e-06, 2.7608e-06])
     """
-    x = normalize(embeddings)
-    if len(x) * len(centers) > FEW_LOGITS:
-        total, own = negative_logsumexp(x, centers, labels, scale, seen)
-    else:
-        c = normalize(centers)
-        own = c[labels]
-        # The class's own column is masked with the lowest number rather than with -inf, whose
-        # gradient is NaN where there is no other class.
-        lowest = torch.finfo(x.dtype).min
-        negative_logits = (scale * (x @ c.T)).scatter(1, labels[:, None], lowest)
-        if seen is not None:
-            negative_logits = negative_logits.masked_fill(~seen, lowest)
-        total = negative_logits.logsumexp(1)
-    own_logit = scale * ((x * own).sum(1) - margin)
+    total, own = negative_logsumexp(embeddings, centers, labels, scale, seen)
+    own_logit = scale * (own - margin)
     # Not cross_entropy: there the loss of an easy sample is the difference of two nearly equal
     # numbers, and nothing is left of it in float32 at s = 64. (The default threshold of softplus,
     # 20, is too low for float64 gradients.)
@@ -75,7 +62,7 @@ def center_contrastive_loss(
     if label_smoothing > 0:
         # With L = -log softmax_y(z), -log softmax_j(z) = L + z_y - z_j. Averaged over j, which are
         # the seen classes and the sample's own:
-        c = normalize(centers)
+        x, c = normalize(embeddings), normalize(centers)
         if seen is None:
             seen = torch.ones(len(c), dtype=torch.bool, device=c.device)
         own_seen = seen[labels]
@@ -83,4 +70,4 @@ def center_contrastive_loss(
         sum_logits = sum_logits + torch.where(own_seen, -scale * margin, own_logit)
         mean_logit = sum_logits / (seen.sum() + ~own_seen)
         losses = losses + label_smoothing * (own_logit - mean_logit)
-    return losses + center_weight * (x - own).square().sum(1)
+    return losses + center_weight * (2 - 2 * own)
