@@ -46,6 +46,14 @@ class Sparse(NamedTuple):
         place = torch.searchsorted(keys, wanted).clamp_max(len(keys) - 1)
         return torch.where(keys[place] == wanted, self.values[place], 0)
 
+    def dense_rows(self, rows: Tensor) -> Tensor:
+        """(B, n), for B rows that follow one another."""
+        start, end = torch.searchsorted(self.rows, rows[[0, -1]] + rows.new_tensor([0, 1])).tolist()
+        dense = self.values.new_zeros(len(rows), self.n)
+        here = slice(start, end)
+        dense[self.rows[here] - rows[0], self.cols[here]] = self.values[here]
+        return dense
+
     def row_sums(self) -> Tensor:
         return self.values.new_zeros(self.n).index_add_(0, self.rows, self.values)
 

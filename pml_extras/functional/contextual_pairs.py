@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 
 from ._precision import full_precision
 from .contextual_similarity import contextual_similarity_from_distances
+from .copies import row_fingerprints
+from .cosine import pairwise_cosine
+from .sparse_context import SPARSITY, blocks, neighborhood_size, sparse_context
 
 # A positive pair this similar in context is kept whatever the labels around it say.
 SURE_POSITIVE = 0.25
@@ -51,14 +55,14 @@ def class_vote(context: Tensor, labels: Tensor, ref_labels: Tensor, excluded: Te
 
 @full_precision
 def contextual_pairs(
-    distances: Tensor,
+    embeddings: Tensor,
     labels: Tensor,
-    ref_distances: Tensor | None = None,
+    ref_emb: Tensor | None = None,
     ref_labels: Tensor | None = None,
-    copies: Tensor | None = None,
     num_neighbors: int = 4,
     margin: float = 0.1,
     filter_noise: bool = True,
+    distance: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     r"""Positive and negative pairs that are hard by context and probably labelled right.
 
@@ -74,16 +78,21 @@ def contextual_pairs(
       anchor's nearest negative, a negative nearer than its farthest positive, and both samples
       trusted, because a wrong label is wrong about distances too.
 
+    A few anchors are looked at at a time. Within a large batch no N x N matrix exists, unless
+    neighbourhoods are a large part of it (of equal embeddings, say); between references, one does.
+
     Args:
-        distances: (N, N) within a batch, smaller is nearer; or (Q, R) from anchors to references,
-            with ``ref_distances``.
-        labels: (N,) or (Q,).
-        ref_distances: (R, R) between the references.
+        embeddings: (N, D), the anchors.
+        labels: (N,).
+        ref_emb: (R, D), what they are paired with, which is also where all neighbours are. Default:
+            the anchors themselves. A reference that equals an anchor to the last bit is that
+            anchor: no pair, no vote.
         ref_labels: (R,).
-        copies: (Q, R) bool, the references that are the anchor itself: no pairs, no votes.
         num_neighbors: k >= 1 of the contextual similarity, the sample itself included.
         margin: in units of S; larger keeps easier pairs.
         filter_noise: whether to leave out pairs whose labels look wrong.
+        distance: from (B, D) and (R, D) embeddings to (B, R) distances, smaller is nearer. Default:
+            the negative cosine similarity.
 
     Returns:
         Anchors and positives, anchors and negatives: four long tensors, as PML's pair miners.
@@ -92,48 +101,109 @@ def contextual_pairs(
 
     Example:
         >>> import torch
-        >>> x = torch.tensor([0.0, 1.0, 3.5, 5.0])
-        >>> distances, labels = (x[:, None] - x).abs(), torch.tensor([0, 0, 1, 1])
-        >>> contextual_pairs(distances, labels, num_neighbors=2, filter_noise=False, margin=1.1)[:2]
+        >>> x, labels = torch.tensor([[0.0], [1.0], [3.5], [5.0]]), torch.tensor([0, 0, 1, 1])
+        >>> rules = {"num_neighbors": 2, "filter_noise": False, "margin": 1.1}
+        >>> contextual_pairs(x, labels, distance=torch.cdist, **rules)[:2]
         (tensor([0, 1, 2, 3]), tensor([1, 0, 3, 2]))
     """
     # A sample that is not finite has no place in any order: it is nobody's neighbour.
-    inf = float("inf")
-    broken = ~distances.isfinite()
-    far = torch.finfo(distances.dtype).max  # not infinity, which less itself is NaN
-    distances = distances.masked_fill(broken, far)
-    if ref_distances is not None:
-        ref_distances = ref_distances.masked_fill(~ref_distances.isfinite(), far)
-    if ref_distances is None or ref_labels is None or copies is None:
-        context = contextual_similarity_from_distances(distances, num_neighbors)
-        ref_labels = labels
-        copies = torch.eye(len(labels), dtype=torch.bool, device=labels.device) | broken
-        vote = ref_vote = class_vote(context, labels, labels, copies)
+    far = torch.finfo(embeddings.dtype).max  # not infinity, which less itself is NaN
+
+    def distances(x: Tensor, y: Tensor) -> Tensor:
+        found = -pairwise_cosine(x, y) if distance is None else distance(x, y)
+        return found.masked_fill(~found.isfinite(), far)
+
+    if ref_emb is None or ref_labels is None:
+        ref_emb, ref_labels = embeddings, labels
+        names = ref_names = torch.arange(len(embeddings), device=embeddings.device)
+        context = _context_within(distances, embeddings, num_neighbors)
+        ref_context = None
     else:
+        names, ref_names = row_fingerprints(embeddings), row_fingerprints(ref_emb)
+        among = distances(ref_emb, ref_emb)
+        ref_context = contextual_similarity_from_distances(among, num_neighbors)
         context = contextual_similarity_from_distances(
-            distances, num_neighbors, ref_distances=ref_distances
-        )
-        ref_context = contextual_similarity_from_distances(ref_distances, num_neighbors)
-        copies = copies | broken
-        itself = torch.eye(len(ref_labels), dtype=torch.bool, device=labels.device)
-        vote = class_vote(context, labels, ref_labels, copies)
-        ref_vote = class_vote(ref_context, ref_labels, ref_labels, itself)
+            distances(embeddings, ref_emb), num_neighbors, ref_distances=among
+        ).__getitem__
 
-    same_class = labels[:, None] == ref_labels
-    positives, negatives = same_class & ~copies, ~same_class & ~copies
-    distance_decides = context == 0
+    def look(rows: Tensor) -> Pairs:
+        block = distances(embeddings[rows], ref_emb)
+        usable = (names[rows, None] != ref_names) & (block < far)
+        return Pairs(block, context(rows), labels[rows, None] == ref_labels, usable)
+
+    parts = list(blocks(len(embeddings), len(ref_emb), embeddings.device))
     if filter_noise:
-        both_trusted = vote.trusted[:, None] & ref_vote.trusted
-        likely = torch.where(
-            same_class,
-            both_trusted | (context > SURE_POSITIVE),
-            context <= torch.minimum(vote.share[:, None], ref_vote.share),
-        )
-        left_without = ~((positives | negatives) & likely).any(1, keepdim=True)
-        positives = positives & (likely | left_without)
-        negatives = negatives & (likely | left_without)
-        distance_decides &= both_trusted | left_without
+        votes = []
+        for rows in parts:
+            pairs = look(rows)
+            votes.append(class_vote(pairs.context, labels[rows], ref_labels, ~pairs.usable))
+        vote = ref_vote = ClassVote(*(torch.cat(part) for part in zip(*votes, strict=True)))
+        if ref_context is not None:
+            itself = torch.eye(len(ref_emb), dtype=torch.bool, device=ref_emb.device)
+            ref_vote = class_vote(ref_context, ref_labels, ref_labels, itself)
+    else:
+        vote, ref_vote = _full_trust(embeddings), _full_trust(ref_emb)
 
+    found = []
+    for rows in parts:
+        positives, negatives = _hard_and_likely(
+            look(rows), ClassVote(*(part[rows] for part in vote)), ref_vote, margin
+        )
+        (a1, p), (a2, n) = positives.nonzero(as_tuple=True), negatives.nonzero(as_tuple=True)
+        found.append((rows[a1], p, rows[a2], n))
+    a1, p, a2, n = (torch.cat(part) for part in zip(*found, strict=True))
+    return a1, p, a2, n
+
+
+class Pairs(NamedTuple):
+    """What is known of the pairs of B anchors with R references: (B, R) each."""
+
+    distances: Tensor
+    context: Tensor
+    same_class: Tensor
+    usable: Tensor
+    """Bool: both are finite, and they are not the same sample."""
+
+
+def _context_within(
+    distances: Callable[[Tensor, Tensor], Tensor], embeddings: Tensor, num_neighbors: int
+) -> Callable[[Tensor], Tensor]:
+    """The rows of the contextual similarity of a batch with itself, by their numbers."""
+    n, device = len(embeddings), embeddings.device
+    k = min(num_neighbors, n)
+
+    def some_distances(rows: Tensor) -> Tensor:
+        return distances(embeddings[rows], embeddings)
+
+    if neighborhood_size(some_distances, n, k, 0.0, device) * SPARSITY < n:
+        return sparse_context(some_distances, n, k, 0.0, device).context.dense_rows
+    everything = distances(embeddings, embeddings)
+    return contextual_similarity_from_distances(everything, k).__getitem__
+
+
+def _full_trust(samples: Tensor) -> ClassVote:
+    share = samples.new_full((len(samples),), float("inf"))
+    return ClassVote(share, torch.ones_like(share, dtype=torch.bool))
+
+
+def _hard_and_likely(
+    pairs: Pairs, vote: ClassVote, ref_vote: ClassVote, margin: float
+) -> tuple[Tensor, Tensor]:
+    """(B, R) bool, twice: the positive and the negative pairs to keep."""
+    distances, context, same_class, usable = pairs
+    both_trusted = vote.trusted[:, None] & ref_vote.trusted
+    likely = torch.where(
+        same_class,
+        both_trusted | (context > SURE_POSITIVE),
+        context <= torch.minimum(vote.share[:, None], ref_vote.share),
+    )
+    left_without = ~(usable & likely).any(1, keepdim=True)
+    kept = usable & (likely | left_without)
+    positives, negatives = kept & same_class, kept & ~same_class
+    has_context = context > 0
+    distance_decides = ~has_context & (both_trusted | left_without)
+
+    inf = float("inf")
     nearest_negative = distances.masked_fill(~negatives, inf).amin(1, keepdim=True)
     farthest_positive = distances.masked_fill(~positives, -inf).amax(1, keepdim=True)
     most_similar_negative = context.masked_fill(~negatives, -inf).amax(1, keepdim=True)
@@ -141,13 +211,11 @@ def contextual_pairs(
     hard_positives = (
         positives
         & (context < most_similar_negative + margin)
-        & ((context > 0) | (distance_decides & (distances > nearest_negative)))
+        & (has_context | (distance_decides & (distances > nearest_negative)))
     )
     hard_negatives = (
         negatives
         & (context > least_similar_positive - margin)
-        & ((context > 0) | (distance_decides & (distances < farthest_positive)))
+        & (has_context | (distance_decides & (distances < farthest_positive)))
     )
-    a1, p = hard_positives.nonzero(as_tuple=True)
-    a2, n = hard_negatives.nonzero(as_tuple=True)
-    return a1, p, a2, n
+    return hard_positives, hard_negatives

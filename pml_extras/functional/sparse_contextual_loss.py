@@ -11,13 +11,14 @@ from torch.nn.functional import normalize
 from ._precision import full_precision
 from ._sparse import Sparse
 from .contextual_similarity import STEP_SLOPE
-
-# How many similarities to look at in one go.
-BLOCK = 1 << 22
-# Where sparse products overtake dense ones on two CPU cores: in batches this many times larger than
-# a neighbourhood and a class.
-SPARSITY = 120
-SMALLEST_ON_GPU = 8192
+from .sparse_context import (
+    SPARSITY,
+    Distances,
+    agreement,
+    neighborhood_size,
+    sparse_context,
+    strangers,
+)
 
 
 @full_precision
@@ -81,51 +82,24 @@ def sparse_pays(
     no word from the host.
     """
     n = len(embeddings)
-    smallest = SMALLEST_ON_GPU if embeddings.is_cuda else num_neighbors * SPARSITY
-    has_mkl = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
-    if n < smallest or not (embeddings.is_cuda or has_mkl):
+    distances = _squared_distances(normalize(embeddings))
+    per_row = neighborhood_size(distances, n, min(num_neighbors, n), slack, embeddings.device)
+    if per_row * SPARSITY >= n:
         return False
-    unit = normalize(embeddings)
-    rows = torch.arange(0, n, n // 16, device=unit.device)
-    near, _ = _neighborhoods(unit, rows, min(num_neighbors, n), slack)
     classes = torch.bincount(torch.unique(labels, return_inverse=True)[1]).double()
-    per_row = max(float(near.sum()) / len(rows), float(classes.square().sum()) / n)
-    return per_row * SPARSITY < n
+    return float(classes.square().sum()) / n * SPARSITY < n
 
 
-def _neighborhoods(unit: Tensor, rows: Tensor, k: int, slack: float) -> tuple[Tensor, Tensor]:
-    """(B, N) bool, twice: what lies in the rows' neighbourhoods, of k and of k // 2."""
-    distances = (2 - 2 * (unit[rows] @ unit.T)).clamp_min_(0)
-    own = torch.arange(len(rows), device=unit.device)
-    distances[own, rows] = distances.amin(1)
-    nearest = distances.topk(k, dim=1, largest=False).values + slack
-    return distances <= nearest[:, -1:], distances <= nearest[:, None, max(k // 2, 1) - 1]
+def _squared_distances(unit: Tensor) -> Distances:
+    return lambda rows: (2 - 2 * (unit[rows] @ unit.T)).clamp_min_(0)
 
 
 class _SparseContextualLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, unit: Tensor, labels: Tensor, k: int, slack: float) -> Tensor:
-        n, k = len(unit), min(k, len(unit))
-        found = []
-        size = max(1, BLOCK // n)
-        for start in range(0, n, size):
-            block = torch.arange(start, min(n, start + size), device=unit.device)
-            is_near, is_nearest = _neighborhoods(unit, block, k, slack)
-            row, col = is_near.nonzero(as_tuple=True)
-            found.append((block[row], col, is_nearest[row, col]))
-        rows, cols, is_half = (torch.cat(part) for part in zip(*found, strict=True))
-        near = Sparse(rows, cols, unit.new_ones(len(rows)), n)
-        members = near.row_sums()
-        shared = near @ near.transposed()
-
-        half = Sparse(rows[is_half], cols[is_half], unit.new_ones(int(is_half.sum())), n)
-        mutual = half.at(half.cols, half.rows) > 0
-        reciprocal = Sparse(half.rows[mutual], half.cols[mutual], half.values[mutual], n)
-        degree = reciprocal.row_sums()
-        opinion = near.with_values(_agreement(shared, members, rows, cols))
-        context = reciprocal.with_values(1 / degree[reciprocal.rows]) @ opinion
-        context = context.plus(context.transposed())
-        context = context.with_values(context.values / 2)
+        n = len(unit)
+        found = sparse_context(_squared_distances(unit), n, min(k, n), slack, unit.device)
+        context = found.context
 
         # All pairs of a class have an error of 1, as if S were 0 everywhere; then S corrects it.
         _, numbers, sizes = torch.unique(labels, return_inverse=True, return_counts=True)
@@ -134,8 +108,8 @@ class _SparseContextualLoss(torch.autograd.Function):
         error[context.rows == context.cols] = 0
         losses: Tensor = (context.with_values(error).row_sums() + (sizes[numbers] - 1)) / n
 
-        ctx.save_for_backward(unit, numbers, members, degree)
-        ctx.matrices = near, shared, half, reciprocal, opinion, context
+        ctx.save_for_backward(unit, numbers)
+        ctx.found = found
         return losses
 
     @staticmethod
@@ -144,8 +118,8 @@ class _SparseContextualLoss(torch.autograd.Function):
             raise RuntimeError(
                 "sparse_contextual_loss cannot be differentiated twice: use contextual_loss"
             )
-        unit, numbers, members, degree = ctx.saved_tensors
-        near, shared, half, reciprocal, opinion, context = ctx.matrices
+        unit, numbers = ctx.saved_tensors
+        near, nearest, members, shared, reciprocal, degree, opinion, context = ctx.found
         n = len(unit)
         by_context = context.plus(_same_class(numbers, unit.new_tensor(-1.0)))
         i, j = by_context.rows, by_context.cols
@@ -156,21 +130,21 @@ class _SparseContextualLoss(torch.autograd.Function):
         by_reciprocal = by_context @ opinion.transposed()
         common = reciprocal.with_values(by_reciprocal.at(reciprocal.rows, reciprocal.cols))
         common = common.row_sums() / degree
-        i, j = half.rows, half.cols
-        by_half = half.with_values(
+        i, j = nearest.rows, nearest.cols
+        by_nearest = nearest.with_values(
             by_reciprocal.at(i, j) - common[i] + by_reciprocal.at(j, i) - common[j]
         )
 
         i, j = near.rows, near.cols
         on_members = by_opinion.at(i, j) / 2
-        by_strangers = near.with_values(on_members / _strangers(members)[i])
+        by_strangers = near.with_values(on_members / strangers(members)[i])
         constant = by_strangers.row_sums() + by_strangers.transposed().row_sums()
         by_shared = near.with_values(on_members / members[i] + by_strangers.values)
         i, j = by_opinion.rows, by_opinion.cols
-        by_near = by_opinion.with_values(by_opinion.values * _agreement(shared, members, i, j))
+        by_near = by_opinion.with_values(by_opinion.values * agreement(shared, members, i, j))
         by_near = by_near.plus(by_shared.plus(by_shared.transposed()) @ near)
 
-        by_similarity = by_near.plus(by_half.transposed())
+        by_similarity = by_near.plus(by_nearest.transposed())
         i, j = by_similarity.rows, by_similarity.cols
         by_similarity = by_similarity.with_values(by_similarity.values.masked_fill(i == j, 0))
         by_unit = by_similarity.plus(by_similarity.transposed()).times_dense(unit)
@@ -178,17 +152,6 @@ class _SparseContextualLoss(torch.autograd.Function):
         by_unit -= constant[:, None] * (unit.sum(0) - unit)
         by_unit -= constant @ unit - constant[:, None] * unit
         return 2 * STEP_SLOPE * by_unit, None, None, None
-
-
-def _strangers(members: Tensor) -> Tensor:
-    return (len(members) - members).clamp_min(1)
-
-
-def _agreement(shared: Sparse, members: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-    """H at these places."""
-    both = shared.at(rows, cols)
-    neither = len(members) - members[rows] - members[cols] + both
-    return (both / members[rows] + neither / _strangers(members)[rows]) / 2
 
 
 def _same_class(numbers: Tensor, value: Tensor) -> Sparse:

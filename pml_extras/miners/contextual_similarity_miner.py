@@ -10,7 +10,7 @@ from pytorch_metric_learning.miners import BaseMiner
 from torch import Tensor
 
 from .._component import ShowsSettings, check_count, require
-from ..functional import contextual_pairs, exact_copies
+from ..functional import contextual_pairs
 from ..functional._precision import full_precision
 
 
@@ -77,18 +77,16 @@ class ContextualSimilarityMiner(ShowsSettings, BaseMiner):
         if len(embeddings) == 0 or len(ref_emb) == 0:
             none = torch.empty(0, dtype=torch.long, device=embeddings.device)
             return none, none.clone(), none.clone(), none.clone()
-        rules = (self.num_neighbors, self.margin, self.filter_noise)
-        if ref_emb is embeddings and ref_labels is labels:
-            return contextual_pairs(
-                self.distances(embeddings, embeddings), labels, None, None, None, *rules
-            )
+        within = ref_emb is embeddings and ref_labels is labels
         return contextual_pairs(
-            self.distances(embeddings, ref_emb),
+            embeddings,
             labels,
-            self.distances(ref_emb, ref_emb),
-            ref_labels,
-            exact_copies(embeddings, ref_emb),
-            *rules,
+            None if within else ref_emb,
+            None if within else ref_labels,
+            self.num_neighbors,
+            self.margin,
+            self.filter_noise,
+            self.distances,
         )
 
     def distances(self, embeddings: Tensor, ref_emb: Tensor) -> Tensor:

@@ -81,6 +81,18 @@ def test_second_derivatives(inputs):
     )
 
 
+def test_compiles_to_the_same_values(inputs):
+    x, c, labels = inputs
+    torch._dynamo.reset()
+    compiled = torch.compile(negative_logsumexp, backend="aot_eager", fullgraph=True)
+    results = []
+    for function in (compiled, negative_logsumexp):
+        total, own = function(x, c, labels, 3.0)
+        results.append((total, own, *torch.autograd.grad((total * own).sum(), (x, c))))
+    for actual, expected in zip(*results, strict=True):
+        assert torch.allclose(actual, expected)
+
+
 @pytest.mark.parametrize("scale", [1e-3, 64.0, 1e4])
 def test_extreme_scales(inputs, scale):
     x, c, labels = inputs

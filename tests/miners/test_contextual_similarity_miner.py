@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from pytorch_metric_learning.distances import (
@@ -234,3 +236,27 @@ def test_a_row_that_is_not_finite_takes_no_others_with_it(distance, bad):
     assert all((index < len(x)).all() for index in pairs)
     assert as_set(*pairs[:2]) == as_set(*clean[:2])
     assert as_set(*pairs[2:]) == as_set(*clean[2:])
+
+
+@pytest.mark.parametrize("filter_noise", [True, False])
+def test_large_batches_take_the_sparse_way_to_the_same_pairs(filter_noise, monkeypatch):
+    x, _, labels = mixture(num_classes=75, per_class=8)
+    miner = ContextualSimilarityMiner(filter_noise=filter_noise)
+    sparse_context = sys.modules["pml_extras.functional.sparse_context"]
+    monkeypatch.setattr(sparse_context, "BLOCK", 7 * len(x))
+    assert sparse_context.neighborhood_size(
+        lambda rows: 1 - normalize(x[rows]) @ normalize(x).T, len(x), 4, 0.0, x.device
+    ) == pytest.approx(4)
+    found = miner(x, labels)
+    monkeypatch.setattr(
+        sys.modules["pml_extras.functional.contextual_pairs"], "SPARSITY", len(x)
+    )  # never pays
+    for actual, expected in zip(found, miner(x, labels), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_equal_embeddings_do_not_make_sparse_matrices_of_all_pairs():
+    x, labels = torch.ones(600, 4), torch.arange(600) // 4
+    a1, p, a2, n = ContextualSimilarityMiner()(x, labels)
+    assert len(a1) == len(p)
+    assert len(a2) == len(n)

@@ -1,0 +1,102 @@
+"""The contextual similarity of a batch with itself, in sparse matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._sparse import Sparse
+
+# How many distances to look at in one go.
+BLOCK = 1 << 21
+# Where sparse products overtake dense ones on two CPU cores: in batches this many times larger than
+# a neighbourhood.
+SPARSITY = 120
+SMALLEST_ON_GPU = 8192
+
+Distances = Callable[[Tensor], Tensor]
+"""Given the numbers of B samples, their distances to all N: (B, N)."""
+
+
+class SparseContext(NamedTuple):
+    """The contextual similarity and what it is made of, as in :func:`contextual_similarity`."""
+
+    near: Sparse  # M
+    nearest: Sparse  # M^2
+    members: Tensor  # c
+    shared: Sparse  # M M^T
+    reciprocal: Sparse  # R
+    degree: Tensor  # the row sums of R
+    opinion: Sparse  # W
+    context: Sparse  # S
+
+
+def sparse_context(
+    distances: Distances, n: int, k: int, slack: float, device: torch.device
+) -> SparseContext:
+    """The contextual similarity of n samples with each other, with k <= n neighbours."""
+    found = []
+    for rows in blocks(n, n, device):
+        block = distances(rows)
+        is_near, is_nearest = _neighborhoods(block, rows, k, slack)
+        row, col = is_near.nonzero(as_tuple=True)
+        found.append((rows[row], col, is_nearest[row, col]))
+    rows, cols, is_nearest = (torch.cat(part) for part in zip(*found, strict=True))
+    near = Sparse(rows, cols, torch.ones(len(rows), dtype=block.dtype, device=device), n)
+    members = near.row_sums()
+    shared = near @ near.transposed()
+
+    i, j = rows[is_nearest], cols[is_nearest]
+    nearest = Sparse(i, j, near.values[is_nearest], n)
+    mutual = nearest.at(j, i) > 0
+    reciprocal = Sparse(i[mutual], j[mutual], nearest.values[mutual], n)
+    degree = reciprocal.row_sums()
+    opinion = near.with_values(agreement(shared, members, rows, cols))
+    context = reciprocal.with_values(1 / degree[reciprocal.rows]) @ opinion
+    context = context.plus(context.transposed())
+    context = context.with_values(context.values / 2)
+    return SparseContext(near, nearest, members, shared, reciprocal, degree, opinion, context)
+
+
+def neighborhood_size(
+    distances: Distances, n: int, k: int, slack: float, device: torch.device
+) -> float:
+    """How many samples lie in a neighbourhood, measured on a sample of them; n where sparse
+    matrices are out of the question: small and middling batches on a GPU are better served by dense
+    products, which need no word from the host."""
+    smallest = SMALLEST_ON_GPU if device.type == "cuda" else k * SPARSITY
+    has_mkl = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    if n < smallest or not (device.type == "cuda" or has_mkl):
+        return n
+    rows = torch.arange(0, n, n // 16, device=device)
+    is_near, _ = _neighborhoods(distances(rows), rows, k, slack)
+    return float(is_near.sum()) / len(rows)
+
+
+def blocks(n: int, num_references: int, device: torch.device) -> Iterator[Tensor]:
+    """The numbers of n samples, few enough at a time for their distances to all references."""
+    size = max(1, BLOCK // num_references)
+    return (torch.arange(i, min(n, i + size), device=device) for i in range(0, n, size))
+
+
+def agreement(shared: Sparse, members: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """How far the neighbourhoods of these pairs agree: (M M^T) / c and (1 - M)(1 - M)^T / (N - c),
+    in equal parts."""
+    both = shared.at(rows, cols)
+    neither = len(members) - members[rows] - members[cols] + both
+    return (both / members[rows] + neither / strangers(members)[rows]) / 2
+
+
+def strangers(members: Tensor) -> Tensor:
+    return (len(members) - members).clamp_min(1)
+
+
+def _neighborhoods(distances: Tensor, rows: Tensor, k: int, slack: float) -> tuple[Tensor, Tensor]:
+    """(B, N) bool, twice: what lies in the rows' neighbourhoods, of k and of k // 2."""
+    own = rows[:, None]
+    distances = distances.scatter(1, own, distances.amin(1, keepdim=True))
+    nearest = distances.topk(k, dim=1, largest=False).values + slack
+    return distances <= nearest[:, -1:], distances <= nearest[:, None, max(k // 2, 1) - 1]
