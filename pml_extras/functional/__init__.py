@@ -16,6 +16,7 @@ from .cosine import pairwise_cosine
 from .listwise_kl import listwise_kl
 from .negative_logsumexp import negative_logsumexp
 from .sparse_contextual_loss import sparse_contextual_loss, sparse_pays
+from .sparse_contrastive_loss import sparse_contrastive_loss
 
 __all__ = [
     "center_contrastive_loss",
@@ -27,6 +28,7 @@ __all__ = [
     "sparse_contextual_loss",
     "sparse_pays",
     "contrastive_loss",
+    "sparse_contrastive_loss",
     "mean_similarity_loss",
     "class_interference",
     "moving_class_means",

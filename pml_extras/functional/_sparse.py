@@ -46,16 +46,35 @@ class Sparse(NamedTuple):
         place = torch.searchsorted(keys, wanted).clamp_max(len(keys) - 1)
         return torch.where(keys[place] == wanted, self.values[place], 0)
 
+    def entries_of(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows (the first of them is 0), columns and values, for rows that follow one another."""
+        start, end = torch.searchsorted(self.rows, rows[[0, -1]] + rows.new_tensor([0, 1])).tolist()
+        return self.rows[start:end] - rows[0], self.cols[start:end], self.values[start:end]
+
     def dense_rows(self, rows: Tensor) -> Tensor:
         """(B, n), for B rows that follow one another."""
-        start, end = torch.searchsorted(self.rows, rows[[0, -1]] + rows.new_tensor([0, 1])).tolist()
-        dense = self.values.new_zeros(len(rows), self.n)
-        here = slice(start, end)
-        dense[self.rows[here] - rows[0], self.cols[here]] = self.values[here]
+        i, j, values = self.entries_of(rows)
+        dense = values.new_zeros(len(rows), self.n)
+        dense[i, j] = values
         return dense
 
     def row_sums(self) -> Tensor:
         return self.values.new_zeros(self.n).index_add_(0, self.rows, self.values)
+
+
+def same_class(numbers: Tensor, value: Tensor) -> Sparse:
+    """The pairs of samples with equal class numbers, which run from 0 without gaps."""
+    n = len(numbers)
+    order = numbers.argsort()
+    sizes = torch.bincount(numbers)
+    first = sizes.cumsum(0) - sizes
+    per_row = sizes[numbers]
+    rows = torch.arange(n, device=numbers.device).repeat_interleave(per_row)
+    start = (per_row.cumsum(0) - per_row)[rows]
+    within = torch.arange(len(rows), device=numbers.device) - start
+    cols = order[first[numbers[rows]] + within]
+    keys = (rows * n + cols).sort().values
+    return Sparse(keys // n, keys % n, value.expand(len(keys)), n)
 
 
 def _ordered(rows: Tensor, cols: Tensor, values: Tensor, n: int) -> Sparse:

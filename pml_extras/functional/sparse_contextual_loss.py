@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ._precision import full_precision
-from ._sparse import Sparse
+from ._sparse import same_class
 from .contextual_similarity import STEP_SLOPE
 from .sparse_context import (
     SPARSITY,
@@ -121,7 +121,7 @@ class _SparseContextualLoss(torch.autograd.Function):
         unit, numbers = ctx.saved_tensors
         near, nearest, members, shared, reciprocal, degree, opinion, context = ctx.found
         n = len(unit)
-        by_context = context.plus(_same_class(numbers, unit.new_tensor(-1.0)))
+        by_context = context.plus(same_class(numbers, unit.new_tensor(-1.0)))
         i, j = by_context.rows, by_context.cols
         weight = (upstream[i] + upstream[j]) / (n * degree[i])
         by_context = by_context.with_values((by_context.values * weight).masked_fill(i == j, 0))
@@ -152,18 +152,3 @@ class _SparseContextualLoss(torch.autograd.Function):
         by_unit -= constant[:, None] * (unit.sum(0) - unit)
         by_unit -= constant @ unit - constant[:, None] * unit
         return 2 * STEP_SLOPE * by_unit, None, None, None
-
-
-def _same_class(numbers: Tensor, value: Tensor) -> Sparse:
-    """The pairs of samples with equal class numbers, which run from 0 without gaps."""
-    n = len(numbers)
-    order = numbers.argsort()
-    sizes = torch.bincount(numbers)
-    first = sizes.cumsum(0) - sizes
-    per_row = sizes[numbers]
-    rows = torch.arange(n, device=numbers.device).repeat_interleave(per_row)
-    start = (per_row.cumsum(0) - per_row)[rows]
-    within = torch.arange(len(rows), device=numbers.device) - start
-    cols = order[first[numbers[rows]] + within]
-    keys = (rows * n + cols).sort().values
-    return Sparse(keys // n, keys % n, value.expand(len(keys)), n)

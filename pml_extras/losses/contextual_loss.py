@@ -23,6 +23,7 @@ from ..functional import (
     neighborhood_mask,
     pairwise_cosine,
     sparse_contextual_loss,
+    sparse_contrastive_loss,
     sparse_pays,
 )
 
@@ -161,26 +162,32 @@ class ContextualLoss(ShowsSettings, BaseMetricLossFunction):
             return self.zero_losses()
         self.check_batch(ref_labels)
         to_self = ref_emb is embeddings and ref_labels is labels
-        similarities = pairwise_cosine(embeddings, None if to_self else ref_emb)
-        references = (
-            (None, None, None)
-            if to_self
-            else (pairwise_cosine(ref_emb), ref_labels, exact_copies(embeddings, ref_emb))
-        )
-        positives, negatives = _pair_weights(similarities, labels, ref_labels, indices_tuple)
-        if self.collect_stats:
-            self.set_stats(similarities, references[0], labels, ref_labels)
         k, slack = self.num_neighbors, self.neighborhood_slack
-        if to_self and sparse_pays(embeddings, labels, k, slack):
+        is_sparse = to_self and sparse_pays(embeddings, labels, k, slack)
+        if is_sparse:
             context_losses = sparse_contextual_loss(embeddings, labels, k, slack)
+        if is_sparse and indices_tuple is None:
+            contrast_losses = sparse_contrastive_loss(
+                embeddings, labels, self.pos_margin, self.neg_margin
+            )
         else:
+            similarities = pairwise_cosine(embeddings, None if to_self else ref_emb)
+            positives, negatives = _pair_weights(similarities, labels, ref_labels, indices_tuple)
+            contrast_losses = contrastive_loss(
+                similarities, positives, negatives, self.pos_margin, self.neg_margin
+            )
+        if not is_sparse:
+            references = (
+                (None, None, None)
+                if to_self
+                else (pairwise_cosine(ref_emb), ref_labels, exact_copies(embeddings, ref_emb))
+            )
             context_losses = contextual_loss(similarities, labels, k, slack, *references)
+        if self.collect_stats:
+            self.set_stats(embeddings, labels, None if to_self else ref_emb, ref_labels)
         sub_losses = {
             "contextual_loss": self.contextual_weight * context_losses,
-            "contrastive_loss": self.contrastive_weight
-            * contrastive_loss(
-                similarities, positives, negatives, self.pos_margin, self.neg_margin
-            ),
+            "contrastive_loss": self.contrastive_weight * contrast_losses,
             "similarity_loss": self.similarity_weight
             * mean_similarity_loss(
                 embeddings, self.target_similarity, None if to_self else ref_emb
@@ -215,14 +222,13 @@ class ContextualLoss(ShowsSettings, BaseMetricLossFunction):
 
     @torch.no_grad()
     def set_stats(
-        self,
-        similarities: Tensor,
-        ref_similarities: Tensor | None,
-        labels: Tensor,
-        ref_labels: Tensor,
+        self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None, ref_labels: Tensor
     ) -> None:
         k, slack = self.num_neighbors, self.neighborhood_slack
-        context = contextual_similarity(similarities, k, slack, ref_similarities)
+        similarities = pairwise_cosine(embeddings, ref_emb)
+        context = contextual_similarity(
+            similarities, k, slack, None if ref_emb is None else pairwise_cosine(ref_emb)
+        )
         near = neighborhood_mask((2 - 2 * similarities).clamp_min(0), k, slack)
         positives, negatives = lmu.get_matches_and_diffs(labels, ref_labels)
         self.avg_neighborhood_size = near.sum(1).float().mean().item()
