@@ -7,39 +7,13 @@ import torch
 from pytorch_metric_learning import distances, miners, reducers, regularizers
 from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
+from torch.nn.functional import normalize
 
-from pml_extras.losses import (
-    CenterContrastiveLoss,
-    ContextualLoss,
-    CrossBatchMemory,
-    ListwiseDistillationLoss,
-    SelfSupervisedLoss,
-)
-from pml_extras.miners import ContextualSimilarityMiner
+from pml_extras.losses import ContextualLoss, CrossBatchMemory, SelfSupervisedLoss
 from pml_extras.regularizers import ClassInterferenceRegularizer
 
-C, D, N = 6, 8, 24
+from .capabilities import EMBEDDING_SIZE, NUM_CLASSES
 
-LOSSES = {
-    "center": lambda **kw: CenterContrastiveLoss(C, D, **kw),
-    "center-average": lambda **kw: CenterContrastiveLoss(C, D, center_update="average", **kw),
-    "contextual": ContextualLoss,
-    "listwise": ListwiseDistillationLoss,
-    "interfered": lambda **kw: ClassInterferenceRegularizer(
-        C, D, generator=torch.Generator().manual_seed(0)
-    ).attach(pml_losses.MultiSimilarityLoss(**kw)),
-}
-MINERS = {
-    "angular": miners.AngularMiner(angle=5),
-    "batch-easy-hard": miners.BatchEasyHardMiner(),
-    "batch-hard": miners.BatchHardMiner(),
-    "distance-weighted": miners.DistanceWeightedMiner(),
-    "multi-similarity": miners.MultiSimilarityMiner(),
-    "pair-margin": miners.PairMarginMiner(),
-    "triplet-margin": miners.TripletMarginMiner(margin=1),
-    "uniform-histogram": miners.UniformHistogramMiner(),
-    "contextual": ContextualSimilarityMiner(),
-}
 DISTANCES = {
     "cosine": distances.CosineSimilarity(),
     "dot": distances.DotProductSimilarity(normalize_embeddings=False),
@@ -50,29 +24,26 @@ DISTANCES = {
 }
 
 
-@pytest.fixture
-def batch():
-    return torch.randn(N, D), torch.arange(C).repeat_interleave(N // C)
+def value(component, x, labels, *args, **kwargs):
+    """What a fresh one makes of a batch."""
+    return component.call(component.make(**kwargs), x, labels, *args)
 
 
-def make(name, **kwargs):
-    torch.manual_seed(1)
-    return LOSSES[name](**kwargs)
-
-
-def call(loss_func, x, labels, pairs=None):
-    if isinstance(loss_func, ListwiseDistillationLoss):
-        return loss_func(x, labels, pairs, ref_emb=x.detach().relu())
-    return loss_func(x, labels, pairs)
-
-
-def elements(name, batch):
+@torch.no_grad()  # without which distillation, which has no elements, would be added to them
+def elements(component, x, labels):
     """Each sub-loss's elements."""
-    parts = call(make(name, reducer=reducers.DoNothingReducer()), *batch)
-    return [part["losses"].detach() for part in parts.values()]
+    parts = value(component, x, labels, reducer=reducers.DoNothingReducer())
+    return [part["losses"] for part in parts.values()]
 
 
-weights = torch.linspace(0.5, 2, C)
+def distillation(component, x, labels):
+    """What is added to the reduced elements."""
+    with torch.no_grad():
+        reduced = value(component, x, labels)
+    return value(component, x, labels) - reduced if component.watches_a_network else 0
+
+
+weights = torch.linspace(0.5, 2, NUM_CLASSES)
 REDUCERS = {
     "mean": (reducers.MeanReducer(), lambda x, y: x.mean()),
     "sum": (reducers.SumReducer(), lambda x, y: x.sum()),
@@ -86,39 +57,36 @@ REDUCERS = {
 }
 
 
-@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("reducer", REDUCERS)
 @pytest.mark.parametrize("regularized", [False, True])
-def test_every_reducer(name, reducer, regularized, batch):
+def test_every_reducer(loss_component, reducer, regularized, x, labels):
     pml_reducer, by_hand = REDUCERS[reducer]
-    expected = sum(by_hand(x, batch[1]).nan_to_num() for x in elements(name, batch))
+    expected = sum(by_hand(e, labels).nan_to_num() for e in elements(loss_component, x, labels))
+    expected = expected + distillation(loss_component, x, labels)
     kwargs = {}
     if regularized:  # with which PML replaces a reducer where sub-losses are misnamed
         kwargs = {
             "embedding_regularizer": regularizers.LpRegularizer(),
             "embedding_reg_weight": 0.3,
         }
-    loss = call(make(name, reducer=pml_reducer, **kwargs), *batch)
-    if regularized:
-        embeddings = batch[0]
-        if name == "interfered":  # the loss, and so its regularizer, sees unit vectors
-            embeddings = torch.nn.functional.normalize(embeddings)
+        seen = loss_component.embed(loss_component.make(), x)
+        if loss_component.hands_on_unit_vectors:
+            seen = normalize(seen)
         # PML reduces a regularizer's losses with the regularizer's own reducer, a mean.
-        expected = expected + 0.3 * embeddings.norm(dim=1).mean()
+        expected = expected + 0.3 * seen.norm(dim=1).mean()
+    loss = value(loss_component, x, labels, reducer=pml_reducer, **kwargs)
     assert torch.allclose(loss, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize(
     "regularizer", [regularizers.LpRegularizer, regularizers.ZeroMeanRegularizer], ids=str
 )
-def test_every_embedding_regularizer(name, regularizer, batch):
-    x, labels = batch
+def test_every_embedding_regularizer(loss_component, regularizer, x, labels):
     x.requires_grad_()
-    loss = call(make(name, embedding_regularizer=regularizer()), x, labels)
+    loss = value(loss_component, x, labels, embedding_regularizer=regularizer())
     loss.backward()
     assert loss.isfinite()
-    assert loss > call(make(name), x, labels)
+    assert loss > value(loss_component, x, labels)
 
 
 @pytest.mark.parametrize(
@@ -128,117 +96,158 @@ def test_every_embedding_regularizer(name, regularizer, batch):
         regularizers.LpRegularizer,
         regularizers.RegularFaceRegularizer,
         regularizers.ZeroMeanRegularizer,
-        lambda: regularizers.SparseCentersRegularizer(C // 2, 2),
+        lambda: regularizers.SparseCentersRegularizer(NUM_CLASSES // 2, 2),
     ],
 )
-def test_every_weight_regularizer(regularizer, batch):
-    loss_func = make("center", weight_regularizer=regularizer())
-    loss = loss_func(*batch)
+@pytest.mark.stating(regularizes_weights=True)
+def test_every_weight_regularizer(loss_component, regularizer, x, labels):
+    loss_func = loss_component.make(weight_regularizer=regularizer())
+    loss = loss_component.call(loss_func, x, labels)
     loss.backward()
     assert loss.isfinite()
-    assert loss != make("center")(*batch)
-    assert loss_func.centers.grad.isfinite().all()
+    assert loss != value(loss_component, x, labels)
+    assert all(p.grad.isfinite().all() for p in loss_func.parameters())
 
 
-@pytest.mark.parametrize("name", [n for n in LOSSES if n != "listwise"])
-@pytest.mark.parametrize("miner", MINERS)
-def test_every_miner(name, miner, batch):
-    x, labels = batch
+@pytest.mark.stating(regularizes_weights=False)
+def test_losses_without_weights_refuse_their_regularizers(loss_component):
+    with pytest.raises((ValueError, TypeError), match="weight_regularizer"):
+        loss_component.make(weight_regularizer=regularizers.LpRegularizer())
+
+
+@pytest.mark.stating(takes_tuples=True)
+def test_every_miner(loss_component, make_miner, x, labels):
+    pairs = make_miner()(x, labels)
     x.requires_grad_()
-    pairs = MINERS[miner](x, labels)
-    loss = call(make(name), x, labels, pairs)
+    loss = value(loss_component, x, labels, pairs)
     loss.backward()
     assert loss.isfinite()
     assert x.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_tuples_of_three_are_the_pairs_they_contain(name, batch):
-    if name == "listwise":
-        with pytest.raises(ValueError, match="indices_tuple is not supported"):
-            call(make(name), *batch, (torch.tensor([0]),) * 3)
-        return
-    a, p, n = lmu.get_random_triplet_indices(batch[1], t_per_anchor=3)
-    if name.startswith("center"):  # samples count as often as they are named, each time
-        pytest.skip("weights samples: see the loss's own tests")
-    triplets, pairs = (call(make(name), *batch, t) for t in ((a, p, n), (a, p, a, n)))
-    assert torch.equal(triplets, pairs)
+@pytest.fixture
+def triplets(labels):
+    return lmu.get_random_triplet_indices(labels, t_per_anchor=3)
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_empty_tuples(name, batch):
-    if name == "listwise":
-        pytest.skip("takes none")
-    x = batch[0].requires_grad_()
+@pytest.mark.stating(takes_tuples=True, weights_samples=False)
+def test_triplets_are_the_pairs_they_contain(loss_component, triplets, x, labels):
+    a, p, n = triplets
+    pairs = (a, p, a, n)
+    assert value(loss_component, x, labels, triplets) == value(loss_component, x, labels, pairs)
+
+
+@pytest.mark.stating(takes_tuples=True, weights_samples=True)
+def test_tuples_weight_the_samples_they_name(loss_component, triplets, x, labels):
+    a, p, n = triplets
+    for indices in (triplets, (a, p, a, n)):
+        weights = lmu.convert_to_weights(indices, labels, x.dtype)
+        expected = sum((weights * e).mean() for e in elements(loss_component, x, labels))
+        expected = expected + distillation(loss_component, x, labels)
+        assert torch.allclose(value(loss_component, x, labels, indices), expected)
+
+
+@pytest.mark.parametrize("length", [3, 4])
+@pytest.mark.stating(takes_tuples=True)
+def test_empty_tuples(loss_component, length, x, labels):
     none = torch.empty(0, dtype=torch.long)
-    for length in (3, 4):
-        loss = call(make(name), x, batch[1], (none,) * length)
-        loss.backward()
-        assert loss.isfinite()
+    loss = value(loss_component, x.requires_grad_(), labels, (none,) * length)
+    loss.backward()
+    assert loss.isfinite()
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_labels_are_required_where_they_are(name, batch):
-    if name == "listwise":
-        assert call(make(name), batch[0], None) == call(make(name), *batch)
-    else:
-        with pytest.raises(ValueError, match="labels"):
-            call(make(name), batch[0], None)
+@pytest.mark.stating(takes_tuples=False)
+def test_tuples_are_refused(loss_component, triplets, x, labels):
+    with pytest.raises(ValueError, match="indices_tuple is not supported"):
+        value(loss_component, x, labels, triplets)
 
 
-@pytest.mark.parametrize("distance", DISTANCES)
-@pytest.mark.parametrize("name", ["center", "center-average", "contextual", "listwise"])
-def test_cosine_losses_refuse_other_distances(name, distance):
-    if distance == "cosine":
-        make(name, distance=DISTANCES[distance])
-    else:
-        with pytest.raises(AssertionError, match="requires the distance metric to be"):
-            make(name, distance=DISTANCES[distance])
+@pytest.mark.stating(needs_labels=True)
+def test_labels_are_required(loss_component, x):
+    with pytest.raises(ValueError, match="labels"):
+        value(loss_component, x, None)
+
+
+@pytest.mark.stating(needs_labels=False)
+def test_labels_are_not_looked_at(loss_component, x, labels):
+    assert value(loss_component, x, None) == value(loss_component, x, labels)
+
+
+@pytest.mark.parametrize("distance", [d for d in DISTANCES if d != "cosine"])
+@pytest.mark.stating(cosine_only=True)
+def test_other_distances_are_refused(component, distance):
+    with pytest.raises(AssertionError, match="requires the distance metric to be"):
+        component.make(distance=DISTANCES[distance])
+
+
+@pytest.mark.stating(cosine_only=True)
+def test_cosine_similarity_is_taken_as_it_is(component):
+    component.make(distance=DISTANCES["cosine"])
     with pytest.raises(AssertionError, match=r"requires distance\.power to be 1"):
-        make(name, distance=distances.CosineSimilarity(power=2))
+        component.make(distance=distances.CosineSimilarity(power=2))
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_interference_goes_with_every_distance(distance, batch):
-    loss_func = ClassInterferenceRegularizer(C, D, normalize=distance != "dot").attach(
+@pytest.mark.stating(cosine_only=False)
+def test_every_distance(component, distance, x, labels):
+    thing = component.make(distance=DISTANCES[distance])
+    for _ in range(2):
+        output = component.call(thing, x, labels)
+        assert all(o.isfinite().all() for o in (output if isinstance(output, tuple) else [output]))
+
+
+@pytest.mark.parametrize("distance", ["dot", "l1"])
+def test_raw_interference_goes_with_distances_of_raw_embeddings(distance, x, labels):
+    loss_func = ClassInterferenceRegularizer(NUM_CLASSES, EMBEDDING_SIZE, normalize=False).attach(
         pml_losses.ContrastiveLoss(distance=DISTANCES[distance])
     )
     for _ in range(2):
-        assert loss_func(*batch).isfinite()
+        assert loss_func(x, labels).isfinite()
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_inside_multiple_losses(name, batch):
-    if name == "listwise":  # which needs the teacher's embeddings: SelfDistillation brings them
-        with pytest.raises(ValueError, match="teacher"):
-            pml_losses.MultipleLosses([make(name)])(*batch)
-        return
-    both = pml_losses.MultipleLosses(
-        [make(name), pml_losses.TripletMarginLoss()],
-        miners=[ContextualSimilarityMiner(), miners.TripletMarginMiner()],
-        weights=[0.5, 2],
+@pytest.mark.stating(needs_teacher_embeddings=False)
+def test_inside_multiple_losses(loss_component, miner_component, x, labels):
+    ours, miner = loss_component.make(), miner_component.make()
+    other, other_miner = pml_losses.TripletMarginLoss(), miners.TripletMarginMiner()
+    both = pml_losses.MultipleLosses([ours, other], [miner, other_miner], weights=[0.5, 2])
+    embeddings = loss_component.embed(ours, x)
+    expected = 0.5 * value(loss_component, x, labels, miner(embeddings, labels)) + 2 * other(
+        embeddings, labels, other_miner(embeddings, labels)
     )
-    pairs = ContextualSimilarityMiner()(*batch)
-    triplets = miners.TripletMarginMiner()(*batch)
-    expected = 0.5 * make(name)(*batch, pairs) + 2 * pml_losses.TripletMarginLoss()(
-        *batch, triplets
-    )
-    assert torch.allclose(both(*batch), expected)
+    assert torch.allclose(both(embeddings, labels), expected)
 
 
-def memories():
-    for miner in (None, "multi-similarity", "triplet-margin", "contextual"):
-        for name in ("contextual", "interfered"):
-            yield pytest.param(name, miner, id=f"{name}-{miner}")
+@pytest.mark.stating(needs_teacher_embeddings=True)
+def test_multiple_losses_bring_no_teacher(loss_component, x, labels):
+    with pytest.raises(ValueError, match="teacher"):
+        pml_losses.MultipleLosses([loss_component.make()])(x, labels)
 
 
-@pytest.mark.parametrize(("name", "miner"), list(memories()))
-def test_inside_a_cross_batch_memory(name, miner, batch):
-    memory = CrossBatchMemory(make(name), D, memory_size=3 * N, miner=MINERS.get(miner))
+@pytest.mark.stating(takes_references=True)
+def test_references(loss_component, x, labels):
+    x.requires_grad_()
+    loss_func = loss_component.make()
+    embeddings = loss_component.embed(loss_func, x)
+    loss = loss_func(embeddings, labels, ref_emb=torch.randn(9, len(x.T)), ref_labels=labels[-9:])
+    loss.backward()
+    assert loss.isfinite()
+    assert x.grad.isfinite().all()
+    assert x.grad.abs().sum() > 0
+
+
+@pytest.mark.stating(takes_references=False)
+def test_references_are_refused(loss_component, x, labels):
+    loss_func = loss_component.make()
+    embeddings = loss_component.embed(loss_func, x)
+    with pytest.raises((ValueError, TypeError), match="ref_emb"):
+        loss_func(embeddings, labels, ref_emb=torch.randn(9, len(x.T)), ref_labels=labels[-9:])
+
+
+def steps_in_a_memory(memory, labels):
     total = 0.0
     for step in range(5):  # the memory is filled, and wraps around
-        x = torch.randn(N, D, requires_grad=True)
-        loss = memory(x, batch[1].roll(step))
+        x = torch.randn(len(labels), EMBEDDING_SIZE, requires_grad=True)
+        loss = memory(x, labels.roll(step))
         loss.backward()
         assert loss.isfinite()
         assert x.grad.isfinite().all()
@@ -246,54 +255,80 @@ def test_inside_a_cross_batch_memory(name, miner, batch):
     assert total > 0
 
 
-def test_a_memory_of_the_batch_alone_is_the_batch(batch):
-    memory = CrossBatchMemory(ContextualLoss(), D, memory_size=N)
-    assert torch.allclose(memory(*batch), ContextualLoss()(*batch), rtol=1e-5)
+@pytest.mark.stating(goes_in_memories=True)
+def test_inside_a_cross_batch_memory(loss_component, labels):
+    memory = CrossBatchMemory(loss_component.make(), EMBEDDING_SIZE, memory_size=3 * len(labels))
+    steps_in_a_memory(memory, labels)
 
 
-def test_a_memorys_place_in_the_queue_is_resumed(batch):
+@pytest.mark.stating(goes_in_memories=True)
+def test_inside_a_cross_batch_memory_with_every_miner(loss_component, make_miner, labels):
+    memory = CrossBatchMemory(
+        loss_component.make(), EMBEDDING_SIZE, memory_size=3 * len(labels), miner=make_miner()
+    )
+    steps_in_a_memory(memory, labels)
+
+
+@pytest.mark.stating(goes_in_memories=True)
+def test_a_memory_of_the_batch_alone_is_the_batch(loss_component, x, labels):
+    memory = CrossBatchMemory(loss_component.make(), EMBEDDING_SIZE, memory_size=len(x))
+    assert torch.allclose(memory(x, labels), value(loss_component, x, labels), rtol=1e-5)
+
+
+def test_a_memorys_place_in_the_queue_is_resumed(labels):
     def run(memory, steps):
-        return [
-            memory(torch.full((10, D), float(s)) + torch.eye(10, D), batch[1][:10]) for s in steps
-        ]
+        x = torch.eye(10, EMBEDDING_SIZE)
+        return [memory(x + step, labels[:10]) for step in steps]
 
-    memory = CrossBatchMemory(ContextualLoss(), D, memory_size=25)
+    memory = CrossBatchMemory(ContextualLoss(), EMBEDDING_SIZE, memory_size=25)
     run(memory, range(4))
-    resumed = CrossBatchMemory(ContextualLoss(), D, memory_size=25)
+    resumed = CrossBatchMemory(ContextualLoss(), EMBEDDING_SIZE, memory_size=25)
     resumed.load_state_dict(memory.state_dict())
     assert run(resumed, range(4, 8)) == run(memory, range(4, 8))
 
 
-@pytest.mark.parametrize("name", ["center", "listwise"])
-def test_memories_refuse_what_takes_no_references(name):
-    for wrapper in (
-        lambda loss: CrossBatchMemory(loss, D),
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        lambda loss: CrossBatchMemory(loss, EMBEDDING_SIZE),
         SelfSupervisedLoss,
-        lambda loss: pml_losses.CrossBatchMemory(loss, D),
-    ):
-        with pytest.raises(Exception, match=f"not supported for {type(make(name)).__name__}"):
-            wrapper(make(name))
+        lambda loss: pml_losses.CrossBatchMemory(loss, EMBEDDING_SIZE),
+    ],
+    ids=["CrossBatchMemory", "SelfSupervisedLoss", "PMLs-CrossBatchMemory"],
+)
+@pytest.mark.stating(goes_in_memories=False)
+def test_memories_refuse_the_others(loss_component, wrapper):
+    loss_func = loss_component.make()
+    with pytest.raises(Exception, match=f"not supported for {type(loss_func).__name__}"):
+        wrapper(loss_func)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_self_supervised(symmetric, batch):
-    x = batch[0].requires_grad_()
+@pytest.mark.stating(goes_in_memories=True)
+@pytest.mark.filterwarnings("ignore:num_neighbors")  # two views, or one, of each sample
+def test_self_supervised(loss_component, symmetric, x):
+    x.requires_grad_()
+    # Every sample is a class.
+    loss_func = SelfSupervisedLoss(loss_component.make(num_classes=len(x)), symmetric=symmetric)
+    loss = loss_func(x, x.detach() + 0.1 * torch.randn_like(x))
+    loss.backward()
+    assert loss.isfinite()
+    assert x.grad.isfinite().all()
+    assert x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_self_supervised_contextual_loss_wants_views_to_be_near(symmetric, x):
+    x.requires_grad_()
     loss_func = SelfSupervisedLoss(ContextualLoss(1 + symmetric), symmetric=symmetric)
-    near = loss_func(x, x.detach() + 0.01 * torch.randn(N, D))
+    near = loss_func(x, x.detach() + 0.01 * torch.randn_like(x))
     near.backward()
     assert x.grad.isfinite().all()
-    assert near < loss_func(x, torch.randn(N, D))
+    assert near < loss_func(x, torch.randn_like(x))
 
 
-def test_self_supervised_with_interference_counts_samples_as_classes(batch):
-    loss_func = ClassInterferenceRegularizer(N, D).attach(pml_losses.NTXentLoss())
-    assert SelfSupervisedLoss(loss_func)(batch[0], batch[0] + 0.1).isfinite()
-
-
-@pytest.mark.parametrize("name", ["center", "contextual", "interfered"])
-def test_batched_distances_and_inference_are_left_alone(name, batch):
+def test_batched_distances_and_inference_are_left_alone(loss_component, x, labels):
     # A loss's distance object may be shared with other components.
     shared = distances.CosineSimilarity(collect_stats=True)
-    loss_func = make(name, distance=shared)
-    call(loss_func, *batch)
-    assert shared(batch[0]).shape == (N, N)
+    value(loss_component, x, labels, distance=shared)
+    assert shared(x).shape == (len(x), len(x))

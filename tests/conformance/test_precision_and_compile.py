@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from pml_extras import functional as f
-from pml_extras.losses import CenterContrastiveLoss, ContextualLoss, ListwiseDistillationLoss
 
-N, C, D = 24, 6, 8
+from .capabilities import EMBEDDING_SIZE as D
+from .capabilities import NUM_CLASSES as C
+
+N = 24
 
 
 def pair_masks(labels):
@@ -85,30 +87,23 @@ def test_autocast_changes_nothing(name, inputs, dtype):
         assert torch.allclose(a, e, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("make", "arguments"),
-    [
-        (lambda: CenterContrastiveLoss(C, D), {}),
-        (lambda: CenterContrastiveLoss(C, D, center_update="average"), {}),
-        (ContextualLoss, {}),
-        (ListwiseDistillationLoss, {"ref_emb": torch.randn(N, D)}),
-    ],
-)
-def test_losses_in_an_autocast_training_step(make, arguments, inputs):
-    x, _, labels = inputs
-    torch.manual_seed(0)
-    model, loss_func = torch.nn.Linear(D, D), make()
-    expected = loss_func(model(x), labels, **arguments)
-    loss_func = make()
-    torch.manual_seed(0)
-    model, loss_func = torch.nn.Linear(D, D), make()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = loss_func(model(x), labels, **arguments)
-    loss.backward()
+def test_losses_in_an_autocast_training_step(loss_component, x, labels):
+    def step(enabled):
+        loss_func = loss_component.make()
+        torch.manual_seed(0)
+        model = torch.nn.Linear(D, D)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss = loss_component.call(loss_func, model(x), labels)
+        loss.backward()
+        return loss, model, loss_func
+
+    expected, _, _ = step(enabled=False)
+    loss, model, loss_func = step(enabled=True)
     assert loss.item() == pytest.approx(expected.item(), rel=2e-2)
-    for p in (*model.parameters(), *loss_func.parameters(), *loss_func.buffers()):
-        assert not p.is_floating_point() or p.dtype == torch.float32
-    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+    state = (*loss_func.parameters(), *loss_func.buffers())
+    kept = all(t.dtype == torch.float32 for t in state if t.is_floating_point())
+    assert kept == loss_component.keeps_dtypes
 
 
 @pytest.mark.parametrize("name", ["center_contrastive_loss", "mean_similarity_loss"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import csv
+import functools
 
 import pytest
 import torch
@@ -13,11 +15,7 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.logging_presets import HookContainer, get_record_keeper
 from torch import nn
 
-from pml_extras.distillation import EMATeacher, SelfDistillation, SnapshotTeacher
 from pml_extras.inference import ContextualKNN
-from pml_extras.losses import CenterContrastiveLoss, ContextualLoss, CrossBatchMemory
-from pml_extras.miners import ContextualSimilarityMiner
-from pml_extras.regularizers import ClassInterferenceRegularizer
 
 C, D, CPU = 4, 6, torch.device("cpu")
 METRIC = "mean_average_precision_at_r"
@@ -41,51 +39,25 @@ class Data(torch.utils.data.Dataset):
         return self.x[i], int(self.labels[i])
 
 
-def interfered(size=D):
-    generator = torch.Generator().manual_seed(3)
-    return ClassInterferenceRegularizer(C, size, strength=0.3, generator=generator).attach(
-        pml_losses.MultiSimilarityLoss()
-    )
-
-
-# Given the networks and the size of the embeddings that the loss will see.
-METHODS = {
-    "center": lambda models, size: CenterContrastiveLoss(C, size),
-    "center-average": lambda models, size: CenterContrastiveLoss(C, size, center_update="average"),
-    "contextual": lambda models, size: ContextualLoss(num_neighbors=3),
-    "contextual-memory": lambda models, size: CrossBatchMemory(
-        ContextualLoss(num_neighbors=3), size, memory_size=30
-    ),
-    "interference": lambda models, size: interfered(size),
-    "snapshot": lambda models, size: SelfDistillation(
-        pml_losses.MultiSimilarityLoss(), SnapshotTeacher(*models), 4
-    ),
-    "ema": lambda models, size: SelfDistillation(
-        CenterContrastiveLoss(C, size), EMATeacher(*models, decay=0.8), 4
-    ),
-    "all": lambda models, size: SelfDistillation(interfered(size), SnapshotTeacher(*models), 4),
-}
-
-
 def networks():
     torch.manual_seed(0)
     trunk = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU())
     return {"trunk": trunk, "embedder": nn.Linear(8, D)}
 
 
-def build(method, trainer=trainers.MetricLossOnly, miner=None, **kwargs):
-    """A trainer with the method in it, and what has to be called at the end of an epoch."""
+def build(make_loss, trainer=trainers.MetricLossOnly, miner=None):
+    """A trainer with such losses in it, made for C classes, a size and the networks in training."""
     models, loss_funcs, mining_funcs, extra = networks(), {}, {}, {}
     student = [models["trunk"], models["embedder"]]
     two_streams = trainer is trainers.TwoStreamMetricLoss
     if trainer is trainers.CascadedEmbeddings:
         extra["embedding_sizes"] = [2, 4]
         for i, size in enumerate(extra["embedding_sizes"]):
-            loss_funcs[f"metric_loss_{i}"] = METHODS[method](student, size)
+            loss_funcs[f"metric_loss_{i}"] = make_loss(C, size, student)
             if miner:
                 mining_funcs[f"tuple_miner_{i}"] = miner
     else:
-        loss_funcs["metric_loss"] = METHODS[method](student, D)
+        loss_funcs["metric_loss"] = make_loss(C, D, student)
         if miner:
             mining_funcs["tuple_miner"] = miner
     if trainer in (trainers.TrainWithClassifier, trainers.DeepAdversarialMetricLearning):
@@ -114,14 +86,13 @@ def build(method, trainer=trainers.MetricLossOnly, miner=None, **kwargs):
         data_device=CPU,
         dataloader_num_workers=0,
         **extra,
-        **kwargs,
     )
 
 
-def hooked(trainer, hook=None):
-    """Let every distilling loss know of the ends of epochs, and then call the hook."""
-    for loss_func in trainer.loss_funcs.values():
-        if isinstance(loss_func, SelfDistillation):
+def hooked(trainer, component, hook=None):
+    """Let losses that want to know of the ends of epochs know, and then call the hook."""
+    for name, loss_func in trainer.loss_funcs.items():
+        if component.watches_a_network and name.startswith("metric_loss"):
             hook = loss_func.end_of_epoch_hook(hook)
     trainer.end_of_epoch_hook = hook or (lambda trainer: None)
     return trainer
@@ -141,12 +112,11 @@ TRAINERS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.stating(needs_teacher_embeddings=False)
 @pytest.mark.filterwarnings("ignore:num_neighbors")
-def test_every_method_in_every_trainer(method, trainer):
-    torch.manual_seed(0)
-    run = hooked(build(method, TRAINERS[trainer]))
+def test_every_loss_in_every_trainer(loss_component, trainer):
+    run = hooked(build(loss_component.make, TRAINERS[trainer]), loss_component)
     before = copy.deepcopy(weights(run))
     run.train(num_epochs=3)
     after = weights(run)
@@ -154,17 +124,24 @@ def test_every_method_in_every_trainer(method, trainer):
     assert not all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
+@pytest.mark.stating(needs_teacher_embeddings=True)
+def test_trainers_bring_no_teacher(loss_component):
+    with pytest.raises(ValueError, match="teacher"):
+        build(loss_component.make).train(num_epochs=1)
+
+
 @pytest.mark.parametrize("trainer", ["MetricLossOnly", "CascadedEmbeddings", "TwoStreamMetricLoss"])
+@pytest.mark.stating(needs_teacher_embeddings=False, takes_tuples=True)
 @pytest.mark.filterwarnings("ignore:num_neighbors")
-def test_our_miner_in_trainers(trainer):
-    run = hooked(build("contextual", TRAINERS[trainer], ContextualSimilarityMiner()))
-    run.train(num_epochs=3)
+def test_our_miner_in_trainers(loss_component, miner_component, trainer):
+    run = build(loss_component.make, TRAINERS[trainer], miner_component.make())
+    hooked(run, loss_component).train(num_epochs=3)
     assert all(v.isfinite().all() for v in weights(run) if v.is_floating_point())
 
 
-def make_tester(kind, **kwargs):
+def make_tester(kind, knn_func, **kwargs):
     calculator = AccuracyCalculator(
-        include=("precision_at_1", METRIC), k="max_bin_count", knn_func=ContextualKNN(5)
+        include=("precision_at_1", METRIC), k="max_bin_count", knn_func=knn_func
     )
     return kind(accuracy_calculator=calculator, dataloader_num_workers=0, data_device=CPU, **kwargs)
 
@@ -177,7 +154,7 @@ def make_tester(kind, **kwargs):
         testers.GlobalTwoStreamEmbeddingSpaceTester,
     ],
 )
-def test_every_tester_with_contextual_knn(kind):
+def test_every_tester(knn_component, kind):
     class Labelled(Data):
         def __getitem__(self, i):
             if kind is testers.WithSameParentLabelTester:
@@ -186,37 +163,35 @@ def test_every_tester_with_contextual_knn(kind):
 
     data = Labelled(kind is testers.GlobalTwoStreamEmbeddingSpaceTester)
     models = networks()
-    results = make_tester(kind).test({"val": data}, 1, models["trunk"], models["embedder"])
+    tester = make_tester(kind, knn_component.make())
+    results = tester.test({"val": data}, 1, models["trunk"], models["embedder"])
     assert 0 < results["val"][f"{METRIC}_level0"] <= 1
 
 
-def logged(method, folder, miner=None):
+def logged(component, folder, miner=None, **kwargs):
     """A trainer with PML's whole logging preset around it."""
-    run = build(method, miner=miner)
+    run = build(functools.partial(component.make, **kwargs), miner=miner)
     keeper, _, _ = get_record_keeper(str(folder / "logs"), str(folder / "tensorboard"))
     hooks = HookContainer(keeper, primary_metric=METRIC, validation_split_name="val", log_freq=1)
     watcher = make_tester(
-        testers.GlobalEmbeddingSpaceTester, end_of_testing_hook=hooks.end_of_testing_hook
+        testers.GlobalEmbeddingSpaceTester,
+        ContextualKNN(5),
+        end_of_testing_hook=hooks.end_of_testing_hook,
     )
     run.end_of_iteration_hook = hooks.end_of_iteration_hook
     models = folder / "models"
     hook = hooks.end_of_epoch_hook(watcher, {"val": Data(seed=1)}, str(models))
-    return hooked(run, hook), hooks, models
+    return hooked(run, component, hook), hooks, models
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("miner", [None, "contextual"])
-@pytest.mark.filterwarnings("ignore:num_neighbors")
-def test_a_run_resumed_from_pmls_checkpoints_goes_on_exactly(method, miner, tmp_path):
-    miner = ContextualSimilarityMiner() if miner else MultiSimilarityMiner()
-    if method == "contextual-memory":
-        miner = None  # it takes one of its own
-    whole, _, _ = logged(method, tmp_path / "whole", miner)
+def check_resuming(component, miner, folder):
+    """A run resumed from PML's checkpoints goes on exactly."""
+    whole, _, _ = logged(component, folder / "whole", miner)
     whole.train(num_epochs=4)
 
-    stopped, _, _ = logged(method, tmp_path / "run", miner)
+    stopped, _, _ = logged(component, folder / "run", miner)
     stopped.train(num_epochs=2)
-    resumed, hooks, models = logged(method, tmp_path / "run", miner)
+    resumed, hooks, models = logged(component, folder / "run", miner)
     start = hooks.load_latest_saved_models(resumed, str(models), device=CPU)
     assert start == 3
     resumed.train(start_epoch=start, num_epochs=4)
@@ -229,14 +204,30 @@ def test_a_run_resumed_from_pmls_checkpoints_goes_on_exactly(method, miner, tmp_
             assert all(torch.equal(v, expected[key][k]) for k, v in state.items())
 
 
-def test_stats_reach_the_logs(tmp_path):
-    run, hooks, _ = logged("contextual", tmp_path)
-    run.loss_funcs["metric_loss"] = ContextualLoss(num_neighbors=3, collect_stats=True)
-    run.train(num_epochs=1)
-    table = (tmp_path / "logs" / "metric_loss_ContextualLoss.csv").read_text().splitlines()
-    columns = table[0].split(",")
-    assert {"num_neighbors", "avg_neighborhood_size", "avg_pos_context"} <= set(columns)
-    assert len(table) == 1 + 4
-    assert float(table[1].split(",")[columns.index("avg_neighborhood_size")]) >= 3
+@pytest.mark.stating(needs_teacher_embeddings=False, takes_tuples=True)
+@pytest.mark.filterwarnings("ignore:num_neighbors")
+def test_a_resumed_run_goes_on_exactly(loss_component, tmp_path):
+    check_resuming(loss_component, MultiSimilarityMiner(), tmp_path)
+
+
+@pytest.mark.stating(needs_teacher_embeddings=False, takes_tuples=True)
+@pytest.mark.filterwarnings("ignore:num_neighbors")
+def test_a_resumed_run_with_our_miner_goes_on_exactly(loss_component, miner_component, tmp_path):
+    check_resuming(loss_component, miner_component.make(), tmp_path)
+
+
+@pytest.mark.stating(needs_teacher_embeddings=False)
+@pytest.mark.filterwarnings("ignore:num_neighbors")
+def test_stats_reach_the_logs(loss_component, tmp_path):
+    run, hooks, _ = logged(loss_component, tmp_path, collect_stats=True)
+    run.train(num_epochs=2)
+    for module in run.loss_funcs["metric_loss"].modules():
+        if type(module).__module__.startswith("pml_extras") and module.collect_stats:
+            (table,) = (tmp_path / "logs").glob(f"*_{type(module).__name__}.csv")
+            rows = list(csv.DictReader(table.open()))
+            assert len(rows) == 2 * 4
+            stats = getattr(module, "_record_these_stats", [])
+            assert {*module._record_these, *stats} <= set(rows[0])
+            assert all(any(float(row[name]) for row in rows) for name in stats)
     assert list((tmp_path / "tensorboard").iterdir())
     assert hooks.record_keeper

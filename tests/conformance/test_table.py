@@ -1,0 +1,51 @@
+"""Contracts on the table itself: that nothing public is left out of it."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+from torch import nn
+
+from pml_extras import distillation, inference, losses, miners, regularizers
+
+from .capabilities import Component
+from .components import COMPONENTS
+
+PUBLIC = [
+    getattr(package, name)
+    for package in (losses, regularizers, distillation, miners, inference)
+    for name in package.__all__
+]
+NO_ROW = {
+    # It takes two views and no labels: all rows that go in memories are put into it instead.
+    losses.SelfSupervisedLoss,
+}
+
+
+def parts(thing):
+    """A component, all modules in it, and what they hold that is no module: the teachers."""
+    modules = list(thing.modules()) if isinstance(thing, nn.Module) else [thing]
+    return modules + [module.teacher for module in modules if hasattr(module, "teacher")]
+
+
+@pytest.mark.parametrize("public", PUBLIC, ids=lambda public: public.__name__)
+def test_every_public_class_is_in_a_row(public):
+    in_rows = any(
+        isinstance(part, public) for component in COMPONENTS for part in parts(component.make())
+    )
+    assert in_rows != (public in NO_ROW)
+
+
+def test_every_capability_has_a_meaning():
+    names = {field.name for field in fields(Component)} - {"name", "kind", "factory", "faults"}
+    assert Component.capabilities().keys() == names
+
+
+def test_no_row_contradicts_itself():
+    for component in COMPONENTS:
+        assert component.takes_tuples or not component.weights_samples
+
+
+def test_names_tell_rows_apart():
+    assert len({component.name for component in COMPONENTS}) == len(COMPONENTS)
