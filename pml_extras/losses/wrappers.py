@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from pytorch_metric_learning import losses
+from pytorch_metric_learning.utils import common_functions as c_f
+from torch import Tensor
 
 
 class CrossBatchMemory(losses.CrossBatchMemory):
@@ -25,6 +27,11 @@ class CrossBatchMemory(losses.CrossBatchMemory):
     @staticmethod
     def supported_losses() -> list[str]:
         return [*losses.CrossBatchMemory.supported_losses(), "ContextualLoss"]
+
+    def forward(self, embeddings: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        c_f.labels_required(labels)
+        loss: Tensor = super().forward(embeddings, labels, *args, **kwargs)
+        return loss
 
     def get_extra_state(self) -> dict[str, Any]:
         return {"queue_idx": self.queue_idx, "has_been_filled": self.has_been_filled}

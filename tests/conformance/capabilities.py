@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
@@ -63,9 +63,6 @@ class Component:
         dict[str, Any] | None,
         "The settings under which its random draws change nothing, if it draws any.",
     ] = None
-
-    faults: dict[str, str] = field(default_factory=dict)
-    """The tests that it is known to fail, and why."""
 
     @classmethod
     def capabilities(cls) -> dict[str, str]:

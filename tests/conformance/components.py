@@ -119,7 +119,6 @@ COMPONENTS = [
         goes_in_memories=False,
         cosine_only=True,
         keeps_dtypes=False,  # PML's memory takes those of the latest batch
-        faults={"test_labels_are_required": "PML's memory asks None for its device"},
     ),
     Component(
         "SelfDistillation-snapshot",

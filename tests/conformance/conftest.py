@@ -37,24 +37,17 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
-def row(component: Component, test: str):
-    reason = component.faults.get(test)
-    marks = [pytest.mark.xfail(strict=True, reason=reason)] if reason else []
-    return pytest.param(component, id=component.name, marks=marks)
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marks = metafunc.definition.iter_markers("stating")
     stated = {name: value for mark in marks for name, value in mark.kwargs.items()}
-    test = metafunc.function.__name__
 
     def fits(component: Component) -> bool:
         return all(bool(getattr(component, name)) == value for name, value in stated.items())
 
     for argument, kinds in KINDS.items():
         if argument in metafunc.fixturenames:
-            rows = [row(c, test) for c in COMPONENTS if c.kind in kinds and fits(c)]
-            metafunc.parametrize(argument, rows)
+            rows = [c for c in COMPONENTS if c.kind in kinds and fits(c)]
+            metafunc.parametrize(argument, rows, ids=lambda component: component.name)
     if "make_miner" in metafunc.fixturenames:  # PML's and ours
         ours = {c.name: c.make for c in COMPONENTS if c.kind == "miner"}
         all_miners = PML_MINERS | ours

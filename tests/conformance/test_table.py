@@ -38,7 +38,7 @@ def test_every_public_class_is_in_a_row(public):
 
 
 def test_every_capability_has_a_meaning():
-    names = {field.name for field in fields(Component)} - {"name", "kind", "factory", "faults"}
+    names = {field.name for field in fields(Component)} - {"name", "kind", "factory"}
     assert Component.capabilities().keys() == names
 
 
