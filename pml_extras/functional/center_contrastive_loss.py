@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, softplus
@@ -67,20 +69,57 @@ def center_contrastive_loss(
         if seen is not None:
             negative_logits = negative_logits.masked_fill(~seen, lowest)
         total = negative_logits.logsumexp(1)
+    seen_centers = sum_seen_centers(centers, labels, seen) if label_smoothing > 0 else None
+    return losses_from_sums(
+        x, own, total, scale, margin, center_weight, label_smoothing, seen_centers
+    )
+
+
+class SeenCenters(NamedTuple):
+    """What label smoothing needs to know of the classes that take part in the softmax."""
+
+    total: Tensor  # (D,), the sum of their normalised centers
+    number: Tensor  # (), int64
+    own: Tensor  # (N,) bool, whether each sample's own class is one of them
+
+
+def sum_seen_centers(centers: Tensor, labels: Tensor, seen: Tensor | None) -> SeenCenters:
+    """Sum up the classes marked in ``seen``; labels are in [0, C), or -1 for another class."""
+    c = normalize(centers)
+    if seen is None:
+        seen = torch.ones(len(c), dtype=torch.bool, device=c.device)
+    own = seen[labels.clamp_min(0)] & (labels >= 0)
+    return SeenCenters((c * seen[:, None]).sum(0), seen.sum(), own)
+
+
+def losses_from_sums(
+    x: Tensor,
+    own: Tensor,
+    total: Tensor,
+    scale: float,
+    margin: float,
+    center_weight: float,
+    label_smoothing: float,
+    seen_centers: SeenCenters | None,
+) -> Tensor:
+    """The losses, (N,), from what :func:`negative_logsumexp` gives.
+
+    Args:
+        x: (N, D), normalised embeddings.
+        own: (N, D), their own classes' normalised centers.
+        total: (N,), the log-sum-exp of the logits of all other classes.
+        seen_centers: only label smoothing looks at it.
+    """
     own_logit = scale * ((x * own).sum(1) - margin)
     # Not cross_entropy: there the loss of an easy sample is the difference of two nearly equal
     # numbers, and nothing is left of it in float32 at s = 64. (The default threshold of softplus,
     # 20, is too low for float64 gradients.)
     losses = softplus(total - own_logit, threshold=80)
-    if label_smoothing > 0:
+    if seen_centers is not None:
         # With L = -log softmax_y(z), -log softmax_j(z) = L + z_y - z_j. Averaged over j, which are
         # the seen classes and the sample's own:
-        c = normalize(centers)
-        if seen is None:
-            seen = torch.ones(len(c), dtype=torch.bool, device=c.device)
-        own_seen = seen[labels]
-        sum_logits = scale * (x @ (c * seen[:, None]).sum(0))
-        sum_logits = sum_logits + torch.where(own_seen, -scale * margin, own_logit)
-        mean_logit = sum_logits / (seen.sum() + ~own_seen)
+        sum_logits = scale * (x @ seen_centers.total)
+        sum_logits = sum_logits + torch.where(seen_centers.own, -scale * margin, own_logit)
+        mean_logit = sum_logits / (seen_centers.number + ~seen_centers.own)
         losses = losses + label_smoothing * (own_logit - mean_logit)
     return losses + center_weight * (x - own).square().sum(1)

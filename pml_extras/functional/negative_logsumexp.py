@@ -24,12 +24,13 @@ def negative_logsumexp(
     Args:
         unit: (N, D) embeddings of length 1.
         centers: (C, D), any length; they are normalised here.
-        labels: (N,) int64 in [0, C).
+        labels: (N,) int64 in [0, C), or -1 for a sample whose class is not among these.
         scale: s > 0.
         seen: (C,) bool; classes marked False take no part.
 
     Returns:
-        (N,), and (N, D) normalised. Without another class, the first is the type's lowest number.
+        (N,), and (N, D) normalised. Without another class, the first is the type's lowest number;
+        at a label of -1 the first is over all classes, and the second is zero.
 
     Example:
         >>> import torch
@@ -53,7 +54,7 @@ class _NegativeLogSumExp(torch.autograd.Function):
             total = torch.logaddexp(total, logits.logsumexp(1))
         ctx.save_for_backward(unit, centers, labels, total, seen)
         ctx.scale = scale
-        return total, _normalized(centers[labels])[0]
+        return total, _own(centers, labels)[0]
 
     @staticmethod
     def backward(ctx: Any, by_total: Tensor, by_own: Tensor) -> tuple[Tensor | None, ...]:
@@ -71,8 +72,9 @@ class _NegativeLogSumExp(torch.autograd.Function):
             if by_centers is not None:
                 by_centers[classes] = _through_norm(by_cosine.T @ unit, chunk, norms)
         if by_centers is not None:
-            own, norms = _normalized(centers[labels])
-            by_centers.index_add_(0, labels, _through_norm(by_own, own, norms))
+            own, norms = _own(centers, labels)
+            by_own = by_own * (labels >= 0)[:, None]
+            by_centers.index_add_(0, labels.clamp_min(0), _through_norm(by_own, own, norms))
         return by_unit, by_centers, None, None, None
 
 
@@ -84,6 +86,11 @@ def _chunks(unit: Tensor, centers: Tensor) -> list[slice]:
 def _normalized(vectors: Tensor) -> tuple[Tensor, Tensor]:
     norms = vectors.norm(dim=1, keepdim=True).clamp_min(SMALLEST_NORM)
     return vectors / norms, norms
+
+
+def _own(centers: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    own, norms = _normalized(centers[labels.clamp_min(0)])
+    return own * (labels >= 0)[:, None], norms
 
 
 def _through_norm(gradient: Tensor, unit: Tensor, norms: Tensor) -> Tensor:

@@ -89,3 +89,20 @@ def test_it_cannot_be_differentiated_twice(inputs):
     total, _ = negative_logsumexp(normalize(x), c, labels, 3.0)
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         torch.autograd.grad(total.sum(), x, create_graph=True)
+
+
+def test_two_halves_of_the_classes_make_the_whole(inputs):
+    x, c, labels = inputs
+    unit, half = normalize(x), C // 2
+    total, own = negative_logsumexp(unit, c, labels, 9.0)
+    left = negative_logsumexp(unit, c[:half], labels.where(labels < half, -1), 9.0)
+    right = negative_logsumexp(unit, c[half:], (labels - half).clamp_min(-1), 9.0)
+    assert torch.allclose(torch.logaddexp(left[0], right[0]), total)
+    assert torch.allclose(left[1] + right[1], own)
+    by_whole = torch.autograd.grad(total.sum() + own.square() @ own[0], (x, c), own[:, 0])
+    halves = torch.logaddexp(left[0], right[0]), left[1] + right[1]
+    by_halves = torch.autograd.grad(
+        halves[0].sum() + halves[1].square() @ halves[1][0], (x, c), own[:, 0]
+    )
+    for actual, expected in zip(by_halves, by_whole, strict=True):
+        assert torch.allclose(actual, expected)
