@@ -87,6 +87,7 @@ RUNS = {
     "float32": {"dtype": torch.float32},
     "uneven": {"sizes": UNEVEN},
     "more classes than samples": {"classes": 41},
+    "one class": {"classes": 1},
     "smoothing": {"label_smoothing": 0.2},
     "settings": {"scale": 64.0, "margin": 0.0, "center_weight": 0.0},
     "reducer and regularizer": {
