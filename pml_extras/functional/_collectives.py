@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 Group: TypeAlias = "dist.ProcessGroup | None"  # None: all processes
@@ -74,6 +75,7 @@ class _GatherRows(torch.autograd.Function):
         return torch.cat([rows[:size] for rows, size in zip(gathered, sizes, strict=True)])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, by_rows: Tensor) -> tuple[Tensor | None, ...]:
         rank = dist.get_rank(ctx.group)
         return by_rows.split_with_sizes(ctx.sizes)[rank] * len(ctx.sizes), None, None
@@ -86,6 +88,7 @@ class _CopyToRanks(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, by_copy: Tensor) -> tuple[Tensor | None, ...]:
         return all_reduced(by_copy, "sum", ctx.group), None
 
@@ -96,6 +99,7 @@ class _SumOverRanks(torch.autograd.Function):
         return all_reduced(x, "sum", group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, by_sum: Tensor) -> tuple[Tensor | None, ...]:
         return by_sum, None
 
@@ -109,6 +113,7 @@ class _LogSumExpOverRanks(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, by_total: Tensor) -> tuple[Tensor | None, ...]:
         x, total = ctx.saved_tensors
         return by_total * (x - total).exp(), None

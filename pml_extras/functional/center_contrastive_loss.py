@@ -11,9 +11,6 @@ from torch.nn.functional import normalize, softplus
 from ._precision import full_precision
 from .negative_logsumexp import negative_logsumexp
 
-# Up to this many logits, holding them all is no slower than working them out twice.
-FEW_LOGITS = 1 << 20
-
 
 @full_precision
 def center_contrastive_loss(
@@ -33,6 +30,8 @@ def center_contrastive_loss(
     :math:`z_{iy_i} = s\,(x_i \cdot c_{y_i} - m)`,
 
     .. math:: \ell_i = -\log \mathrm{softmax}_{y_i}(z_i) + \lambda\,|x_i - c_{y_i}|^2
+
+    where the squared distance is :math:`2 - 2\,x_i \cdot c_{y_i}`.
 
     Args:
         embeddings: (N, D), any floating dtype and scale.
@@ -56,70 +55,49 @@ def center_contrastive_loss(
         >>> center_contrastive_loss(x, torch.eye(2), torch.tensor([0, 1]))
         tensor([2.7608e-06, 2.7608e-06])
     """
-    x = normalize(embeddings)
-    if len(x) * len(centers) > FEW_LOGITS:
-        total, own = negative_logsumexp(x, centers, labels, scale, seen)
-    else:
-        c = normalize(centers)
-        own = c[labels]
-        # The class's own column is masked with the lowest number rather than with -inf, whose
-        # gradient is NaN where there is no other class.
-        lowest = torch.finfo(x.dtype).min
-        negative_logits = (scale * (x @ c.T)).scatter(1, labels[:, None], lowest)
-        if seen is not None:
-            negative_logits = negative_logits.masked_fill(~seen, lowest)
-        total = negative_logits.logsumexp(1)
-    seen_centers = sum_seen_centers(centers, labels, seen) if label_smoothing > 0 else None
-    return losses_from_sums(
-        x, own, total, scale, margin, center_weight, label_smoothing, seen_centers
-    )
+    total, own = negative_logsumexp(embeddings, centers, labels, scale, seen)
+    seen_cosines = sum_seen_cosines(embeddings, centers, labels, seen) if label_smoothing else None
+    return losses_from_sums(total, own, seen_cosines, scale, margin, center_weight, label_smoothing)
 
 
-class SeenCenters(NamedTuple):
+class SeenCosines(NamedTuple):
     """What label smoothing needs to know of the classes that take part in the softmax."""
 
-    total: Tensor  # (D,), the sum of their normalised centers
+    total: Tensor  # (N,), the sum of each sample's cosines with their centers
     number: Tensor  # (), int64
-    own: Tensor  # (N,) bool, whether each sample's own class is one of them
+    own: Tensor  # (N,) bool, whether the sample's own class is one of them
 
 
-def sum_seen_centers(centers: Tensor, labels: Tensor, seen: Tensor | None) -> SeenCenters:
-    """Sum up the classes marked in ``seen``; labels are in [0, C), or -1 for another class."""
-    c = normalize(centers)
+def sum_seen_cosines(
+    embeddings: Tensor, centers: Tensor, labels: Tensor, seen: Tensor | None
+) -> SeenCosines:
+    """Sum up the classes that ``seen``, (C,) bool, marks: all, if it is None."""
+    x, c = normalize(embeddings), normalize(centers)
     if seen is None:
         seen = torch.ones(len(c), dtype=torch.bool, device=c.device)
-    own = seen[labels.clamp_min(0)] & (labels >= 0)
-    return SeenCenters((c * seen[:, None]).sum(0), seen.sum(), own)
+    return SeenCosines(x @ (c * seen[:, None]).sum(0), seen.sum(), seen[labels])
 
 
 def losses_from_sums(
-    x: Tensor,
-    own: Tensor,
     total: Tensor,
+    own: Tensor,
+    seen_cosines: SeenCosines | None,
     scale: float,
     margin: float,
     center_weight: float,
     label_smoothing: float,
-    seen_centers: SeenCenters | None,
 ) -> Tensor:
-    """The losses, (N,), from what :func:`negative_logsumexp` gives.
-
-    Args:
-        x: (N, D), normalised embeddings.
-        own: (N, D), their own classes' normalised centers.
-        total: (N,), the log-sum-exp of the logits of all other classes.
-        seen_centers: only label smoothing looks at it.
-    """
-    own_logit = scale * ((x * own).sum(1) - margin)
+    """The losses, (N,), from what :func:`negative_logsumexp` gives; sums over classes are over."""
+    own_logit = scale * (own - margin)
     # Not cross_entropy: there the loss of an easy sample is the difference of two nearly equal
     # numbers, and nothing is left of it in float32 at s = 64. (The default threshold of softplus,
     # 20, is too low for float64 gradients.)
     losses = softplus(total - own_logit, threshold=80)
-    if seen_centers is not None:
+    if seen_cosines is not None:
         # With L = -log softmax_y(z), -log softmax_j(z) = L + z_y - z_j. Averaged over j, which are
         # the seen classes and the sample's own:
-        sum_logits = scale * (x @ seen_centers.total)
-        sum_logits = sum_logits + torch.where(seen_centers.own, -scale * margin, own_logit)
-        mean_logit = sum_logits / (seen_centers.number + ~seen_centers.own)
+        sum_logits = scale * seen_cosines.total
+        sum_logits = sum_logits + torch.where(seen_cosines.own, -scale * margin, own_logit)
+        mean_logit = sum_logits / (seen_cosines.number + ~seen_cosines.own)
         losses = losses + label_smoothing * (own_logit - mean_logit)
-    return losses + center_weight * (x - own).square().sum(1)
+    return losses + center_weight * (2 - 2 * own)

@@ -77,5 +77,5 @@ def class_interference(
     amount = moved.to(x.dtype) * strength
     if random_strength:
         amount = amount * draw_uniform()
-    x = x + amount[:, None] * (class_means[negatives].detach() - x)
+    x = torch.lerp(x, class_means.detach()[negatives], amount[:, None])
     return unit(x) if normalize else x

@@ -46,27 +46,30 @@ def moving_class_means(
     batch_means, batch_counts = _batch_class_means(embeddings.detach().to(means.dtype), labels)
     if normalize:
         batch_means = unit(batch_means)
-    batch_means = batch_means.to(means.dtype)
-    old = means[labels]
-    new = torch.where(
-        (counts[labels] > 0)[:, None], momentum * old + (1 - momentum) * batch_means, batch_means
-    )
+    old, old_counts = means.index_select(0, labels), counts[labels]
+    kept = torch.where(old_counts > 0, momentum, 0.0).to(means.dtype)
+    new = torch.lerp(batch_means.to(means.dtype), old, kept[:, None])
     if normalize:
         new = unit(new)
-    return torch.where((batch_counts > 0)[:, None], new, old), counts[labels] + batch_counts
+    return torch.where((batch_counts > 0)[:, None], new, old), old_counts + batch_counts
 
 
 def _batch_class_means(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The batch's mean, float64, and number of finite rows of class ``labels[i]``, in row i."""
-    finite = embeddings.isfinite().all(1)
-    x = torch.where(finite[:, None], embeddings, 0).double()
-    # Floating-point sums depend on the order of the rows, and under DistributedLossWrapper each
-    # rank sees another order. Sums of integers do not: 2^40 steps up to the class's largest value.
-    # One number a class, below N.
+    n = len(labels)
+    # One number a class, below n; rows that are not finite are summed up apart, as number n.
     slot = torch.searchsorted(labels.sort().values, labels.contiguous())
-    largest = x.new_zeros(len(x)).scatter_reduce_(0, slot, x.abs().amax(1), "amax")[slot]
-    shift = (40 - torch.frexp(largest).exponent).clamp_max(1000).double()[:, None]
-    fixed_point = torch.ldexp(x, shift).round().long()
-    sums = torch.zeros_like(fixed_point).index_add_(0, slot, fixed_point)[slot]
-    counts = torch.zeros_like(labels).index_add_(0, slot, finite.long())[slot]
-    return torch.ldexp(sums.double(), -shift) / counts.clamp_min(1)[:, None], counts
+    largest = embeddings.abs().amax(1)
+    summed_as = torch.where(largest.isfinite(), slot, n)
+    largest = largest.new_zeros(n + 1).scatter_reduce_(0, summed_as, largest, "amax")
+    # Sums of floating-point numbers depend on the order of the rows, and under
+    # DistributedLossWrapper each rank sees another order. Sums of whole numbers below 2^53 do not:
+    # so many steps up to the class's largest value that n of them stay below that.
+    bits = 52 - n.bit_length()
+    shift = (bits - torch.frexp(largest).exponent).clamp_max(1000)
+    steps = torch.ldexp(largest.new_ones(n + 1, dtype=torch.double), shift)
+    whole = (embeddings * steps[summed_as, None]).round_()
+    sums = whole.new_zeros(n + 1, embeddings.shape[1]).index_add_(0, summed_as, whole)
+    counts = labels.new_zeros(n + 1).index_add_(0, summed_as, torch.ones_like(labels))
+    divisor = steps * counts.clamp_min(1)
+    return sums.index_select(0, slot).div_(divisor[slot, None]), counts[slot]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -37,20 +39,50 @@ def listwise_kl(
         tensor([0.1201, 0.1201])
     """
 
-    def log_softmax(embeddings: Tensor) -> Tensor:
-        similarities = pairwise_cosine(embeddings) / temperature
+    def logits(embeddings: Tensor) -> Tensor:
+        # In place, here and below: at these sizes new memory costs more than the arithmetic.
+        similarities = pairwise_cosine(embeddings).div_(temperature)
         if not include_self:
-            diagonal = torch.eye(len(similarities), dtype=torch.bool, device=similarities.device)
-            similarities = similarities.masked_fill(diagonal, torch.finfo(similarities.dtype).min)
-        return similarities.log_softmax(1)
+            similarities.fill_diagonal_(torch.finfo(similarities.dtype).min)
+        return similarities
 
-    log_p = log_softmax(teacher.detach())
-    log_q = log_softmax(student)
-    difference = log_q - log_p
-    # P (e^d - 1 - d) sums to the same as -P d, because P and Q sum to one; but each term is
-    # non-negative, so rounding cannot make the divergence of near-equal lists negative.
-    # Where e^d could overflow, P e^d is Q, and far larger than the rest: nothing cancels.
-    p, q = log_p.exp(), log_q.exp()
-    small = difference.clamp_max(1)
-    near = p * (small.expm1() - small)
-    return torch.where(difference > 1, q - p - p * difference, near).sum(1)
+    log_p = logits(teacher.detach()).log_softmax(1)
+    divergences, _ = _KLDivergence.apply(logits(student), log_p)  # type: ignore[no-untyped-call]
+    return divergences  # type: ignore[no-any-return]
+
+
+class _KLDivergence(torch.autograd.Function):
+    """From the student's logits and the teacher's log P, the divergences and Q - P, which is their
+    derivative."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        log_q = logits.log_softmax(1)
+        p, log_ratio = log_p.exp(), log_q - log_p
+        # Q - P without cancellation where they are near; where they are not, without overflow.
+        near = log_ratio.clamp_max(1).expm1_().mul_(p)
+        difference = torch.where(log_ratio > 1, log_q.exp_() - p, near)
+        # Q - P sums to nothing, so its presence changes no divergence; but with it each term is
+        # non-negative, and rounding cannot make the divergence of near-equal lists negative.
+        return (difference - log_ratio.mul_(p)).sum(1), difference
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(output[1], inputs[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(
+        ctx: Any, by_divergences: Tensor | None, by_difference: Tensor | None
+    ) -> tuple[Tensor | None, None]:
+        difference, log_p = ctx.saved_tensors
+        by_logits = None
+        if by_divergences is not None:
+            by_logits = by_divergences[:, None] * difference
+        if by_difference is not None:  # from the line above, differentiated in its turn
+            q = difference + log_p.exp()
+            by_q = by_difference - (q * by_difference).sum(1, keepdim=True)
+            by_logits = q * by_q if by_logits is None else by_logits + q * by_q
+        return by_logits, None

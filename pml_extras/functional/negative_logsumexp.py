@@ -6,76 +6,148 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
-# How many logits to hold at a time: enough for a fast matrix product, few enough for the caches.
+# Up to this many logits, the fewer steps are the faster ones.
+FEW = 1 << 16
+# How many logits to work on at a time: enough for a fast matrix product, few enough for the caches.
 CHUNK = 1 << 21
+# How many exponentials forward leaves to backward, which has to work out the others again.
+KEPT = 1 << 24
 SMALLEST_NORM = 1e-12  # as in torch.nn.functional.normalize
 
 
 def negative_logsumexp(
-    unit: Tensor, centers: Tensor, labels: Tensor, scale: float, seen: Tensor | None = None
+    embeddings: Tensor,
+    centers: Tensor,
+    labels: Tensor,
+    scale: float,
+    seen: Tensor | None = None,
+    held: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r""":math:`\log\sum_{j \ne y_i} e^{s\,x_i \cdot c_j}`, and each sample's own center.
+    r""":math:`\log\sum_{j \ne y_i} e^{s\cos(x_i, c_j)}`, and the cosine with each own center.
 
-    Neither the (N, C) logits nor the (C, D) normalised centers exist at any time, forward or
-    backward: both are worked out again for each chunk of classes. The one large thing that backward
-    makes is the gradient of the centers, if that is wanted.
+    Neither the (N, C) logits nor the (C, D) normalised centers exist at any time beyond a first
+    ``KEPT`` numbers: the rest is worked out again in backward, a chunk of classes at a time, and
+    that only where the centers want a gradient, which is then the one large thing that is made.
+    The gradient of the embeddings needs each class's softmax once, and forward has that at hand.
 
     Args:
-        unit: (N, D) embeddings of length 1.
-        centers: (C, D), any length; they are normalised here.
-        labels: (N,) int64 in [0, C), or -1 for a sample whose class is not among these.
+        embeddings: (N, D), any length; a zero row has cosine 0 with everything.
+        centers: (C, D), any length.
+        labels: (N,) int64 in [0, C).
         scale: s > 0.
         seen: (C,) bool; classes marked False take no part.
+        held: (N,) bool; samples marked False are of a class that is not among these, whatever their
+            labels: none is left out for them, and their own cosine is 0.
 
     Returns:
-        (N,), and (N, D) normalised. Without another class, the first is the type's lowest number;
-        at a label of -1 the first is over all classes, and the second is zero.
+        (N,) and (N,). Without another class, the first is the type's lowest number.
 
     Example:
         >>> import torch
         >>> own = torch.tensor([0])
         >>> negative_logsumexp(torch.eye(2)[:1], torch.eye(2), own, scale=16.0)
-        (tensor([0.]), tensor([[1., 0.]]))
+        (tensor([0.]), tensor([1.]))
     """
-    found: tuple[Tensor, Tensor] = _NegativeLogSumExp.apply(unit, centers, labels, scale, seen)  # type: ignore[no-untyped-call]
+    if len(embeddings) * len(centers) <= FEW:
+        return _plainly(embeddings, centers, labels, scale, seen, held)
+    found: tuple[Tensor, Tensor] = _NegativeLogSumExp.apply(  # type: ignore[no-untyped-call]
+        embeddings, centers, labels, scale, seen, held
+    )
     return found
 
 
 class _NegativeLogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, unit: Tensor, centers: Tensor, labels: Tensor, scale: float, seen: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        total = unit.new_full((len(unit),), torch.finfo(unit.dtype).min)
+        ctx: Any, embeddings: Tensor, centers: Tensor, labels: Tensor, scale: float,
+        seen: Tensor | None, held: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        unit, norms = _normalized(embeddings)
+        largest = unit.new_full((len(unit), 1), torch.finfo(unit.dtype).min)
+        sums = own = torch.zeros_like(largest)
+        mean_center = torch.zeros_like(unit) if ctx.needs_input_grad[0] else None
+        kept, room = [], KEPT if ctx.needs_input_grad[1] else 0
         for classes in _chunks(unit, centers):
-            chunk, _ = _normalized(centers[classes])
-            logits = _negative_logits(unit, chunk, labels, scale, seen, classes)
-            total = torch.logaddexp(total, logits.logsumexp(1))
-        ctx.save_for_backward(unit, centers, labels, total, seen)
+            chunk, chunk_norms = _normalized(centers[classes])
+            logits, own_logits, inside = _negative_logits(
+                unit, chunk, labels, scale, seen, held, classes
+            )
+            own = torch.where(inside, own_logits, own)
+            before, largest = largest, torch.maximum(largest, logits.amax(1, keepdim=True))
+            shrink = (before - largest).exp_()
+            exponentials = logits.sub_(largest).exp_()
+            sums = exponentials.sum(1, keepdim=True).addcmul_(sums, shrink)
+            if mean_center is not None:
+                mean_center.mul_(shrink).addmm_(exponentials, chunk)
+            room -= exponentials.numel()
+            if room >= 0:
+                kept += [exponentials, largest, chunk, chunk_norms]
+        if mean_center is not None:
+            mean_center /= sums
+        total = largest + sums.log()
+        ctx.save_for_backward(
+            embeddings, centers, labels, seen, held, unit, norms, total, mean_center, *kept
+        )
         ctx.scale = scale
-        return total, _own(centers, labels)[0]
+        return total.squeeze(1), own.squeeze(1) / scale
 
     @staticmethod
     def backward(ctx: Any, by_total: Tensor, by_own: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("negative_logsumexp cannot be differentiated twice")
-        unit, centers, labels, total, seen = ctx.saved_tensors
-        by_unit = torch.zeros_like(unit)
-        by_centers = torch.empty_like(centers) if ctx.needs_input_grad[1] else None
-        weight = (ctx.scale * by_total)[:, None]
-        for classes in _chunks(unit, centers):
-            chunk, norms = _normalized(centers[classes])
-            logits = _negative_logits(unit, chunk, labels, ctx.scale, seen, classes)
-            by_cosine = logits.sub_(total[:, None]).exp_().mul_(weight)
-            by_unit.addmm_(by_cosine, chunk)
-            if by_centers is not None:
-                by_centers[classes] = _through_norm(by_cosine.T @ unit, chunk, norms)
-        if by_centers is not None:
-            own, norms = _own(centers, labels)
-            by_own = by_own * (labels >= 0)[:, None]
-            by_centers.index_add_(0, labels.clamp_min(0), _through_norm(by_own, own, norms))
-        return by_unit, by_centers, None, None, None
+        embeddings, centers, labels, seen, held, unit, norms, total, mean_center, *kept = (
+            ctx.saved_tensors
+        )
+        if torch.is_grad_enabled():  # for the second derivative
+            outputs = _plainly(embeddings, centers, labels, ctx.scale, seen, held)
+            grads = torch.autograd.grad(
+                outputs, (embeddings, centers), (by_total, by_own), create_graph=True
+            )
+            return *grads, None, None, None, None
+        by_embeddings = by_centers = None
+        by_total, by_own = ctx.scale * by_total[:, None], by_own[:, None]
+        if held is not None:
+            by_own = by_own * held[:, None]
+        if mean_center is not None:
+            own, _ = _normalized(centers.index_select(0, labels))
+            by_unit = own.mul_(by_own).addcmul_(by_total, mean_center)
+            by_embeddings = _through_norm_(by_unit, unit, norms)
+        if ctx.needs_input_grad[1]:
+            by_centers = torch.zeros_like(centers).index_add_(0, labels, by_own * unit)
+            for classes in _chunks(unit, centers):
+                if kept:
+                    softmax, shift, chunk, chunk_norms, *kept = kept
+                    weight = by_total * (shift - total).exp_()
+                else:
+                    chunk, chunk_norms = _normalized(centers[classes])
+                    logits, _, _ = _negative_logits(
+                        unit, chunk, labels, ctx.scale, seen, held, classes
+                    )
+                    softmax, weight = logits.sub_(total).exp_(), by_total
+                by_chunk = by_centers[classes].addmm_(softmax.T, weight * unit)
+                _through_norm_(by_chunk, chunk, chunk_norms)
+        return by_embeddings, by_centers, None, None, None, None
+
+
+def _plainly(
+    embeddings: Tensor,
+    centers: Tensor,
+    labels: Tensor,
+    scale: float,
+    seen: Tensor | None,
+    held: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """All logits at once, in operations that torch can differentiate twice and vectorise."""
+    cosines = normalize(embeddings) @ normalize(centers).T
+    own = cosines.gather(1, labels[:, None])
+    lowest = torch.finfo(cosines.dtype).min
+    logits = (scale * cosines).scatter(1, labels[:, None], lowest)
+    if held is not None:
+        logits = logits.where(held[:, None], scale * cosines)
+        own = own * held[:, None]
+    if seen is not None:
+        logits = logits.masked_fill(~seen, lowest)
+    return logits.logsumexp(1), own.squeeze(1)
 
 
 def _chunks(unit: Tensor, centers: Tensor) -> list[slice]:
@@ -88,14 +160,10 @@ def _normalized(vectors: Tensor) -> tuple[Tensor, Tensor]:
     return vectors / norms, norms
 
 
-def _own(centers: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    own, norms = _normalized(centers[labels.clamp_min(0)])
-    return own * (labels >= 0)[:, None], norms
-
-
-def _through_norm(gradient: Tensor, unit: Tensor, norms: Tensor) -> Tensor:
-    """The gradient with respect to vectors, from that with respect to their directions."""
-    return (gradient - (gradient * unit).sum(1, keepdim=True) * unit) / norms
+def _through_norm_(gradient: Tensor, unit: Tensor, norms: Tensor) -> Tensor:
+    """The gradient with respect to vectors, in the place of that to their directions."""
+    along = (gradient * unit).sum(1, keepdim=True)
+    return gradient.addcmul_(along, unit, value=-1).div_(norms)
 
 
 def _negative_logits(
@@ -104,13 +172,21 @@ def _negative_logits(
     labels: Tensor,
     scale: float,
     seen: Tensor | None,
+    held: Tensor | None,
     classes: slice,
-) -> Tensor:
-    """(N, chunk) logits, with the lowest number for the own class and for classes not seen."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(N, chunk) logits, with the lowest number for the own class and for classes not seen; (N, 1)
+    those of the own class, and whether it is in the chunk."""
+    # The lowest number rather than -inf, of which NaN would come where there is no other class.
     lowest = torch.finfo(unit.dtype).min
     logits = (scale * unit) @ chunk.T
-    own = labels - classes.start
-    inside = (own >= 0) & (own < len(chunk))
-    column = own.clamp(0, len(chunk) - 1)[:, None]
-    logits.scatter_(1, column, torch.where(inside[:, None], lowest, logits.gather(1, column)))
-    return logits if seen is None else logits.masked_fill_(~seen[classes], lowest)
+    column = (labels - classes.start)[:, None]
+    inside = (column >= 0) & (column < len(chunk))
+    if held is not None:
+        inside = inside & held[:, None]
+    column = column.clamp(0, len(chunk) - 1)
+    own_logits = logits.gather(1, column)
+    logits.scatter_(1, column, torch.where(inside, lowest, own_logits))
+    if seen is not None:
+        logits.masked_fill_(~seen[classes], lowest)
+    return logits, own_logits, inside

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import pad
 
 from ._collectives import Group, all_reduced, copy_to_ranks, logsumexp_over_ranks, sum_over_ranks
 from ._precision import full_precision
-from .center_contrastive_loss import SeenCenters, losses_from_sums, sum_seen_centers
+from .center_contrastive_loss import SeenCosines, losses_from_sums, sum_seen_cosines
 from .negative_logsumexp import negative_logsumexp
 
 
@@ -29,8 +29,9 @@ def sharded_center_contrastive_loss(
 
     Every rank calls it with the same embeddings and gets the same losses: those of one process that
     has all classes. No rank ever has more than its own classes' logits, a chunk at a time. What
-    goes between the ranks is the log-sum-exp of each sample and its own center, and in the backward
-    pass the gradient of the embeddings: (N, D) numbers each way, however many classes there are.
+    goes between the ranks is each sample's log-sum-exp and its cosine with its own center, and in
+    the backward pass the gradient of the embeddings: (N, D) numbers, however many classes there
+    are.
 
     In a backward pass from a loss that is the same on all ranks, the gradients of the embeddings
     and of the centers are those of one process.
@@ -47,26 +48,30 @@ def sharded_center_contrastive_loss(
 
     Source: that of :func:`center_contrastive_loss`; the division into ranks is ours.
     """
-    x = normalize(embeddings)
-    own_class = labels - first_class
-    own_class = own_class.where((own_class >= 0) & (own_class < len(centers)), -1)
+    embeddings = copy_to_ranks(embeddings, group)
     if len(centers) == 0:
         # One class that takes no part stands for none. The rank does all that the others do, since
         # they wait for it.
         centers, seen = pad(centers, (0, 0, 0, 1)), labels.new_zeros(1, dtype=torch.bool)
-    total, own = negative_logsumexp(copy_to_ranks(x, group), centers, own_class, scale, seen)
-    seen_centers = None
+        held = torch.zeros_like(labels, dtype=torch.bool)
+    else:
+        held = (first_class <= labels) & (labels < first_class + len(centers))
+    own_class = (labels - first_class).where(held, 0)
+    total, own = negative_logsumexp(embeddings, centers, own_class, scale, seen, held)
+    seen_cosines = None
     if label_smoothing > 0:
-        part = sum_seen_centers(centers, own_class, seen)
-        counts = all_reduced(torch.cat([part.number[None], part.own.long()]), "sum", group)
-        seen_centers = SeenCenters(sum_over_ranks(part.total, group), counts[0], counts[1:] > 0)
+        part = sum_seen_cosines(embeddings, centers, own_class, seen)
+        seen_cosines = SeenCosines(
+            sum_over_ranks(part.total, group),
+            all_reduced(part.number, "sum", group),
+            all_reduced((part.own & held).long(), "sum", group) > 0,
+        )
     return losses_from_sums(
-        x,
-        sum_over_ranks(own, group),
         logsumexp_over_ranks(total, group),
+        sum_over_ranks(own, group),
+        seen_cosines,
         scale,
         margin,
         center_weight,
         label_smoothing,
-        seen_centers,
     )

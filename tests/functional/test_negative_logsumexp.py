@@ -11,9 +11,15 @@ from pml_extras.functional import center_contrastive_loss, negative_logsumexp
 N, C, D = 12, 50, 5
 
 
-@pytest.fixture(autouse=True)
-def _small_chunks(monkeypatch):
-    monkeypatch.setattr(sys.modules[negative_logsumexp.__module__], "CHUNK", 7 * N)
+MODULE = sys.modules[negative_logsumexp.__module__]
+
+
+@pytest.fixture(autouse=True, params=["none kept", "some kept", "all kept", "plainly"])
+def _chunks(request, monkeypatch):
+    monkeypatch.setattr(MODULE, "CHUNK", 7 * N)
+    kept = {"none kept": 0, "some kept": 3 * 7 * N, "all kept": N * C}
+    monkeypatch.setattr(MODULE, "KEPT", kept.get(request.param, 0))
+    monkeypatch.setattr(MODULE, "FEW", N * C if request.param == "plainly" else 0)
 
 
 @pytest.fixture
@@ -33,40 +39,62 @@ def some_seen(labels):
 def test_equals_a_loop_over_samples(inputs, partly_seen):
     x, c, labels = inputs
     seen = some_seen(labels) if partly_seen else torch.ones(C, dtype=torch.bool)
-    unit = normalize(x)
-    total, own = negative_logsumexp(unit, c, labels, 9.0, seen if partly_seen else None)
+    total, own = negative_logsumexp(x, c, labels, 9.0, seen if partly_seen else None)
     for i in range(N):
         others = seen & (torch.arange(C) != labels[i])
-        expected = (9.0 * normalize(c[others]) @ unit[i]).logsumexp(0)
+        expected = (9.0 * normalize(c[others]) @ normalize(x[i], dim=0)).logsumexp(0)
         assert torch.allclose(total[i], expected)
-    assert torch.allclose(own, normalize(c)[labels])
+    assert torch.allclose(own, torch.cosine_similarity(x, c[labels]))
 
 
 def test_gradcheck(inputs):
     x, c, labels = inputs
     seen = some_seen(labels)
     assert torch.autograd.gradcheck(
-        lambda x, c: negative_logsumexp(normalize(x), c, labels, 3.0, seen), (x, c)
+        lambda x, c: negative_logsumexp(x, c, labels, 3.0, seen), (x, c)
     )
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("partly_seen", [False, True])
-def test_the_loss_is_the_same_with_many_classes(inputs, smoothing, partly_seen, monkeypatch):
+def test_gradients_of_either_alone(inputs):
     x, c, labels = inputs
-    seen = some_seen(labels) if partly_seen else None
-    upstream = torch.rand(N, dtype=torch.float64)
-    results = []
-    for few in (0, 1 << 20):
-        monkeypatch.setattr(sys.modules[center_contrastive_loss.__module__], "FEW_LOGITS", few)
-        loss = center_contrastive_loss(x, c, labels, 16, 0.2, 1.5, smoothing, seen)
-        results.append((loss, *torch.autograd.grad((loss * upstream).sum(), (x, c))))
-    for actual, expected in zip(*results, strict=True):
-        assert torch.allclose(actual, expected, rtol=1e-10, atol=1e-12)
+    both = torch.autograd.grad(sum(f.sum() for f in negative_logsumexp(x, c, labels, 3.0)), (x, c))
+    for i in range(2):
+        alone = [t if j == i else t.detach() for j, t in enumerate((x, c))]
+        loss = sum(f.sum() for f in negative_logsumexp(*alone, labels, 3.0))
+        assert torch.allclose(*torch.autograd.grad(loss, alone[i]), both[i])
 
 
-def test_one_class_alone(monkeypatch):
-    monkeypatch.setattr(sys.modules[center_contrastive_loss.__module__], "FEW_LOGITS", 0)
+def test_backward_can_be_repeated(inputs):
+    x, c, labels = inputs
+    total, own = negative_logsumexp(x, c, labels, 3.0)
+    first, second = (
+        torch.autograd.grad((total * own).sum(), (x, c), retain_graph=True) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_second_derivatives(inputs):
+    x, c, labels = inputs
+    assert torch.autograd.gradgradcheck(
+        lambda x, c: negative_logsumexp(x, c, labels[:3], 3.0),
+        (x[:3].detach().requires_grad_(), c),
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-3, 64.0, 1e4])
+def test_extreme_scales(inputs, scale):
+    x, c, labels = inputs
+    total, own = negative_logsumexp(x, c, labels, scale)
+    cosines = torch.cosine_similarity(x[:, None], c, dim=2)
+    others = cosines[torch.arange(C) != labels[:, None]].view(N, C - 1)
+    assert torch.allclose(total, (scale * others).logsumexp(1))
+    grads = torch.autograd.grad((total + own).sum(), (x, c))
+    expected = ((scale * others).logsumexp(1) + cosines[torch.arange(N), labels]).sum()
+    for actual, wanted in zip(grads, torch.autograd.grad(expected, (x, c)), strict=True):
+        assert torch.allclose(actual, wanted, rtol=1e-8, atol=1e-8)
+
+
+def test_one_class_alone():
     x, c = torch.randn(4, 3, requires_grad=True), torch.randn(1, 3, requires_grad=True)
     labels = torch.zeros(4, dtype=torch.long)
     loss = center_contrastive_loss(x, c, labels, center_weight=0)
@@ -78,30 +106,33 @@ def test_one_class_alone(monkeypatch):
 
 def test_no_gradient_is_made_for_centers_that_want_none(inputs):
     x, c, labels = inputs
-    total, own = negative_logsumexp(normalize(x), c.detach(), labels, 3.0)
+    total, own = negative_logsumexp(x, c.detach(), labels, 3.0)
     (total.sum() + own.sum()).backward()
     assert x.grad.abs().sum() > 0
     assert c.grad is None
 
 
-def test_it_cannot_be_differentiated_twice(inputs):
-    x, c, labels = inputs
-    total, _ = negative_logsumexp(normalize(x), c, labels, 3.0)
-    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
-        torch.autograd.grad(total.sum(), x, create_graph=True)
-
-
 def test_two_halves_of_the_classes_make_the_whole(inputs):
     x, c, labels = inputs
-    unit, half = normalize(x), C // 2
-    total, own = negative_logsumexp(unit, c, labels, 9.0)
-    left = negative_logsumexp(unit, c[:half], labels.where(labels < half, -1), 9.0)
-    right = negative_logsumexp(unit, c[half:], (labels - half).clamp_min(-1), 9.0)
-    halves = torch.logaddexp(left[0], right[0]), left[1] + right[1]
-    weights = torch.rand(N, D, dtype=torch.float64)
-    gradients = []
-    for found in (halves, (total, own)):
-        loss = (found[0] * weights[:, 0]).sum() + (found[1] * weights).sum()
-        gradients.append(torch.autograd.grad(loss, (x, c), retain_graph=True))
-    for actual, expected in zip((*halves, *gradients[0]), (total, own, *gradients[1]), strict=True):
+    half, seen = C // 2, some_seen(labels)
+    left, right = (
+        negative_logsumexp(
+            x,
+            c[part],
+            (labels - part.start).clamp(0, half - 1),
+            9.0,
+            seen[part],
+            labels // half == i,
+        )
+        for i, part in enumerate((slice(0, half), slice(half, C)))
+    )
+    weights = torch.rand(2, N, dtype=torch.float64)
+    results = []
+    for total, own in (
+        (torch.logaddexp(left[0], right[0]), left[1] + right[1]),
+        negative_logsumexp(x, c, labels, 9.0, seen),
+    ):
+        grads = torch.autograd.grad((weights[0] * total + weights[1] * own).sum(), (x, c))
+        results.append((total, own, *grads))
+    for actual, expected in zip(*results, strict=True):
         assert torch.allclose(actual, expected)

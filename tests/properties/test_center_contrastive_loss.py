@@ -51,6 +51,7 @@ def plain_losses(cases, loss_func, x, y):
     x, c, y = cases.unit(x), cases.unit(loss_func.centers.detach()), y.long()
     rows = torch.arange(len(x))
     z = loss_func.scale * x @ c.T
+    distances = 2 - 2 * z[rows, y] / loss_func.scale
     z[rows, y] -= loss_func.scale * loss_func.margin
     takes_part = torch.ones(len(x), len(c), dtype=torch.bool)
     if loss_func.center_update == "average":
@@ -60,7 +61,7 @@ def plain_losses(cases, loss_func, x, y):
     smoothing = loss_func.label_smoothing
     loss = -(1 - smoothing) * log_p[rows, y]
     loss = loss - smoothing * (log_p * takes_part).sum(1) / takes_part.sum(1)
-    return loss + loss_func.center_weight * (x - c[y]).square().sum(1)
+    return loss + loss_func.center_weight * distances
 
 
 def tolerance(loss_func, losses):
