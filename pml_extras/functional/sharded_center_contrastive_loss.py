@@ -49,14 +49,12 @@ def sharded_center_contrastive_loss(
     Source: that of :func:`center_contrastive_loss`; the division into ranks is ours.
     """
     embeddings = copy_to_ranks(embeddings, group)
+    held = (first_class <= labels) & (labels < first_class + len(centers))
+    own_class = (labels - first_class).where(held, 0)
     if len(centers) == 0:
         # One class that takes no part stands for none. The rank does all that the others do, since
         # they wait for it.
         centers, seen = pad(centers, (0, 0, 0, 1)), labels.new_zeros(1, dtype=torch.bool)
-        held = torch.zeros_like(labels, dtype=torch.bool)
-    else:
-        held = (first_class <= labels) & (labels < first_class + len(centers))
-    own_class = (labels - first_class).where(held, 0)
     total, own = negative_logsumexp(embeddings, centers, own_class, scale, seen, held)
     seen_cosines = None
     if label_smoothing > 0:
