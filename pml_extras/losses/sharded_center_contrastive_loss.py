@@ -38,9 +38,9 @@ class ShardedCenterContrastiveLoss(CenterContrastiveLoss):
 
     - **Start one process a device** (``torchrun``), call ``init_process_group``, then make this
       loss, in all of them.
-    - **Give it this rank's share of the batch**, under PML's samplers or ``DistributedSampler``;
-      the shares may differ in size, and some may be empty. It gathers them, so do not put it into
-      PML's ``DistributedLossWrapper``, nor its ``efficient`` one; both are refused.
+    - **Give it this rank's share of the batch**, as a ``DistributedSampler`` draws it; the shares
+      may differ in size, and some may be empty. It gathers them itself: inside PML's
+      ``DistributedLossWrapper``, efficient or not, it raises.
     - It returns the loss of the joined batch, **the same on all ranks**. All ranks call it, and
       call ``backward``, together.
     - **Wrap the network in DistributedDataParallel, not this loss.** The gradient of the embeddings
@@ -85,9 +85,9 @@ class ShardedCenterContrastiveLoss(CenterContrastiveLoss):
             one rank raises on all, before any state moves, so that none waits for the others.
             (To look at labels and shapes of all ranks, a GPU has to be waited for at each step.)
 
-    Source: that of :class:`CenterContrastiveLoss`; the division into ranks is ours. It is that of
-    large softmax layers elsewhere ("partial fully connected", arXiv 2010.05222, without sampling).
-    Needs torch >= 2.5.
+    Source: that of :class:`CenterContrastiveLoss`. Classes are divided among ranks as in large
+    softmax layers (arXiv 2010.05222, but without sampling); to do it with this loss is ours. Needs
+    torch >= 2.5.
 
     Example:
         >>> import torch, torch.distributed as dist
