@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .functional import row_fingerprints
+from .functional._collectives import gather_rows
 
 
 def joined_batch(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -17,23 +18,16 @@ def joined_batch(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return embeddings, labels
-    # What tells the same batch in another order from another batch: sums modulo 2^64.
-    rows = row_fingerprints(torch.cat([embeddings, labels[:, None].to(embeddings.dtype)], 1))
-    summary = torch.stack([labels.new_tensor(len(labels)), rows.sum()])
-    summaries = _all_gather(summary)
-    if all(torch.equal(other, summary) for other in summaries):
+    # What tells the same batch in another order from another batch.
+    summary = torch.stack([labels.new_tensor(len(labels)), batch_fingerprint(embeddings, labels)])
+    summaries = gather_rows(summary[None], [1] * dist.get_world_size())
+    if (summaries == summary).all():
         return embeddings, labels
-    sizes = [int(size) for size, _ in summaries]
-    padding = max(sizes) - len(labels)
-    all_embeddings = _all_gather(torch.nn.functional.pad(embeddings, (0, 0, 0, padding)))
-    all_labels = _all_gather(torch.nn.functional.pad(labels, (0, padding)))
-    return (
-        torch.cat([x[:size] for x, size in zip(all_embeddings, sizes, strict=True)]),
-        torch.cat([y[:size] for y, size in zip(all_labels, sizes, strict=True)]),
-    )
+    sizes = summaries[:, 0].tolist()
+    return gather_rows(embeddings.detach(), sizes), gather_rows(labels, sizes)
 
 
-def _all_gather(tensor: Tensor) -> list[Tensor]:
-    gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, tensor.contiguous())
-    return gathered
+def batch_fingerprint(embeddings: Tensor, labels: Tensor) -> Tensor:
+    """(), int64: a hash of the bits of a batch, whatever the order of its rows."""
+    rows = torch.cat([embeddings.detach(), labels[:, None].to(embeddings.dtype)], 1)
+    return row_fingerprints(rows).sum()  # modulo 2^64

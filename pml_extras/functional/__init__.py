@@ -15,11 +15,13 @@ from .copies import exact_copies, row_fingerprints
 from .cosine import pairwise_cosine
 from .listwise_kl import listwise_kl
 from .negative_logsumexp import negative_logsumexp
+from .sharded_center_contrastive_loss import sharded_center_contrastive_loss
 from .sparse_contextual_loss import sparse_contextual_loss, sparse_pays
 from .sparse_contrastive_loss import sparse_contrastive_loss
 
 __all__ = [
     "center_contrastive_loss",
+    "sharded_center_contrastive_loss",
     "negative_logsumexp",
     "contextual_similarity",
     "contextual_similarity_from_distances",

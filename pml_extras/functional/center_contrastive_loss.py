@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, softplus
@@ -54,20 +56,48 @@ def center_contrastive_loss(
         tensor([2.7608e-06, 2.7608e-06])
     """
     total, own = negative_logsumexp(embeddings, centers, labels, scale, seen)
+    seen_cosines = sum_seen_cosines(embeddings, centers, labels, seen) if label_smoothing else None
+    return losses_from_sums(total, own, seen_cosines, scale, margin, center_weight, label_smoothing)
+
+
+class SeenCosines(NamedTuple):
+    """What label smoothing needs to know of the classes that take part in the softmax."""
+
+    total: Tensor  # (N,), the sum of each sample's cosines with their centers
+    number: Tensor  # (), int64
+    own: Tensor  # (N,) bool, whether the sample's own class is one of them
+
+
+def sum_seen_cosines(
+    embeddings: Tensor, centers: Tensor, labels: Tensor, seen: Tensor | None
+) -> SeenCosines:
+    """Sum up the classes that ``seen``, (C,) bool, marks: all, if it is None."""
+    x, c = normalize(embeddings), normalize(centers)
+    if seen is None:
+        seen = torch.ones(len(c), dtype=torch.bool, device=c.device)
+    return SeenCosines(x @ (c * seen[:, None]).sum(0), seen.sum(), seen[labels])
+
+
+def losses_from_sums(
+    total: Tensor,
+    own: Tensor,
+    seen_cosines: SeenCosines | None,
+    scale: float,
+    margin: float,
+    center_weight: float,
+    label_smoothing: float,
+) -> Tensor:
+    """The losses, (N,), from what :func:`negative_logsumexp` gives; sums over classes are over."""
     own_logit = scale * (own - margin)
     # Not cross_entropy: there the loss of an easy sample is the difference of two nearly equal
     # numbers, and nothing is left of it in float32 at s = 64. (The default threshold of softplus,
     # 20, is too low for float64 gradients.)
     losses = softplus(total - own_logit, threshold=80)
-    if label_smoothing > 0:
+    if seen_cosines is not None:
         # With L = -log softmax_y(z), -log softmax_j(z) = L + z_y - z_j. Averaged over j, which are
         # the seen classes and the sample's own:
-        x, c = normalize(embeddings), normalize(centers)
-        if seen is None:
-            seen = torch.ones(len(c), dtype=torch.bool, device=c.device)
-        own_seen = seen[labels]
-        sum_logits = scale * (x @ (c * seen[:, None]).sum(0))
-        sum_logits = sum_logits + torch.where(own_seen, -scale * margin, own_logit)
-        mean_logit = sum_logits / (seen.sum() + ~own_seen)
+        sum_logits = scale * seen_cosines.total
+        sum_logits = sum_logits + torch.where(seen_cosines.own, -scale * margin, own_logit)
+        mean_logit = sum_logits / (seen_cosines.number + ~seen_cosines.own)
         losses = losses + label_smoothing * (own_logit - mean_logit)
     return losses + center_weight * (2 - 2 * own)

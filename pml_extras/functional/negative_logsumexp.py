@@ -18,7 +18,12 @@ SMALLEST_NORM = 1e-12  # as in torch.nn.functional.normalize
 
 
 def negative_logsumexp(
-    embeddings: Tensor, centers: Tensor, labels: Tensor, scale: float, seen: Tensor | None = None
+    embeddings: Tensor,
+    centers: Tensor,
+    labels: Tensor,
+    scale: float,
+    seen: Tensor | None = None,
+    held: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r""":math:`\log\sum_{j \ne y_i} e^{s\cos(x_i, c_j)}`, and the cosine with each own center.
 
@@ -33,6 +38,8 @@ def negative_logsumexp(
         labels: (N,) int64 in [0, C).
         scale: s > 0.
         seen: (C,) bool; classes marked False take no part.
+        held: (N,) bool; samples marked False are of a class that is not among these, whatever their
+            labels: none is left out for them, and their own cosine is 0.
 
     Returns:
         (N,) and (N,). Without another class, the first is the type's lowest number.
@@ -44,9 +51,9 @@ def negative_logsumexp(
         (tensor([0.]), tensor([1.]))
     """
     if len(embeddings) * len(centers) <= FEW:
-        return _plainly(embeddings, centers, labels, scale, seen)
+        return _plainly(embeddings, centers, labels, scale, seen, held)
     found: tuple[Tensor, Tensor] = _NegativeLogSumExp.apply(  # type: ignore[no-untyped-call]
-        embeddings, centers, labels, scale, seen
+        embeddings, centers, labels, scale, seen, held
     )
     return found
 
@@ -55,7 +62,7 @@ class _NegativeLogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, embeddings: Tensor, centers: Tensor, labels: Tensor, scale: float,
-        seen: Tensor | None,
+        seen: Tensor | None, held: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         unit, norms = _normalized(embeddings)
         largest = unit.new_full((len(unit), 1), torch.finfo(unit.dtype).min)
@@ -64,7 +71,9 @@ class _NegativeLogSumExp(torch.autograd.Function):
         kept, room = [], KEPT if ctx.needs_input_grad[1] else 0
         for classes in _chunks(unit, centers):
             chunk, chunk_norms = _normalized(centers[classes])
-            logits, own_logits, inside = _negative_logits(unit, chunk, labels, scale, seen, classes)
+            logits, own_logits, inside = _negative_logits(
+                unit, chunk, labels, scale, seen, held, classes
+            )
             own = torch.where(inside, own_logits, own)
             before, largest = largest, torch.maximum(largest, logits.amax(1, keepdim=True))
             shrink = (before - largest).exp_()
@@ -79,24 +88,26 @@ class _NegativeLogSumExp(torch.autograd.Function):
             mean_center /= sums
         total = largest + sums.log()
         ctx.save_for_backward(
-            embeddings, centers, labels, seen, unit, norms, total, mean_center, *kept
+            embeddings, centers, labels, seen, held, unit, norms, total, mean_center, *kept
         )
         ctx.scale = scale
         return total.squeeze(1), own.squeeze(1) / scale
 
     @staticmethod
     def backward(ctx: Any, by_total: Tensor, by_own: Tensor) -> tuple[Tensor | None, ...]:
-        embeddings, centers, labels, seen, unit, norms, total, mean_center, *kept = (
+        embeddings, centers, labels, seen, held, unit, norms, total, mean_center, *kept = (
             ctx.saved_tensors
         )
         if torch.is_grad_enabled():  # for the second derivative
-            outputs = _plainly(embeddings, centers, labels, ctx.scale, seen)
+            outputs = _plainly(embeddings, centers, labels, ctx.scale, seen, held)
             grads = torch.autograd.grad(
                 outputs, (embeddings, centers), (by_total, by_own), create_graph=True
             )
-            return *grads, None, None, None
+            return *grads, None, None, None, None
         by_embeddings = by_centers = None
         by_total, by_own = ctx.scale * by_total[:, None], by_own[:, None]
+        if held is not None:
+            by_own = by_own * held[:, None]
         if mean_center is not None:
             own, _ = _normalized(centers.index_select(0, labels))
             by_unit = own.mul_(by_own).addcmul_(by_total, mean_center)
@@ -109,23 +120,34 @@ class _NegativeLogSumExp(torch.autograd.Function):
                     weight = by_total * (shift - total).exp_()
                 else:
                     chunk, chunk_norms = _normalized(centers[classes])
-                    logits, _, _ = _negative_logits(unit, chunk, labels, ctx.scale, seen, classes)
+                    logits, _, _ = _negative_logits(
+                        unit, chunk, labels, ctx.scale, seen, held, classes
+                    )
                     softmax, weight = logits.sub_(total).exp_(), by_total
                 by_chunk = by_centers[classes].addmm_(softmax.T, weight * unit)
                 _through_norm_(by_chunk, chunk, chunk_norms)
-        return by_embeddings, by_centers, None, None, None
+        return by_embeddings, by_centers, None, None, None, None
 
 
 def _plainly(
-    embeddings: Tensor, centers: Tensor, labels: Tensor, scale: float, seen: Tensor | None
+    embeddings: Tensor,
+    centers: Tensor,
+    labels: Tensor,
+    scale: float,
+    seen: Tensor | None,
+    held: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """All logits at once, in operations that torch can differentiate twice and vectorise."""
     cosines = normalize(embeddings) @ normalize(centers).T
+    own = cosines.gather(1, labels[:, None])
     lowest = torch.finfo(cosines.dtype).min
     logits = (scale * cosines).scatter(1, labels[:, None], lowest)
+    if held is not None:
+        logits = logits.where(held[:, None], scale * cosines)
+        own = own * held[:, None]
     if seen is not None:
         logits = logits.masked_fill(~seen, lowest)
-    return logits.logsumexp(1), cosines.gather(1, labels[:, None]).squeeze(1)
+    return logits.logsumexp(1), own.squeeze(1)
 
 
 def _chunks(unit: Tensor, centers: Tensor) -> list[slice]:
@@ -145,7 +167,13 @@ def _through_norm_(gradient: Tensor, unit: Tensor, norms: Tensor) -> Tensor:
 
 
 def _negative_logits(
-    unit: Tensor, chunk: Tensor, labels: Tensor, scale: float, seen: Tensor | None, classes: slice
+    unit: Tensor,
+    chunk: Tensor,
+    labels: Tensor,
+    scale: float,
+    seen: Tensor | None,
+    held: Tensor | None,
+    classes: slice,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(N, chunk) logits, with the lowest number for the own class and for classes not seen; (N, 1)
     those of the own class, and whether it is in the chunk."""
@@ -154,6 +182,8 @@ def _negative_logits(
     logits = (scale * unit) @ chunk.T
     column = (labels - classes.start)[:, None]
     inside = (column >= 0) & (column < len(chunk))
+    if held is not None:
+        inside = inside & held[:, None]
     column = column.clamp(0, len(chunk) - 1)
     own_logits = logits.gather(1, column)
     logits.scatter_(1, column, torch.where(inside, lowest, own_logits))

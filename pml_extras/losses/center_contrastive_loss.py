@@ -140,16 +140,20 @@ class CenterContrastiveLoss(ShowsSettings, WeightRegularizerMixin, BaseMetricLos
         self.add_to_recordable_attributes(
             list_of_names=["avg_center_similarity", "center_accuracy"], is_stat=True
         )
-        centers = torch.zeros(num_classes, embedding_size)
-        if center_update == "gradient":
+        if center_update == "average" and self.weight_regularizer is not None:
+            raise ValueError('weight_regularizer needs center_update="gradient"')
+        self.make_bank()
+
+    def make_bank(self) -> None:
+        """Set ``centers`` and, in "average" mode, ``class_counts``."""
+        centers = torch.zeros(self.num_classes, self.embedding_size)
+        if self.center_update == "gradient":
             self.centers = torch.nn.Parameter(centers)
             self.weight_init_func(self.centers)
             self._optimizer_reminder = OptimizerReminder("the centers", type(self).__name__)
-        elif self.weight_regularizer is None:
-            self.register_buffer("centers", centers)
-            self.register_buffer("class_counts", torch.zeros(num_classes, dtype=torch.long))
         else:
-            raise ValueError('weight_regularizer needs center_update="gradient"')
+            self.register_buffer("centers", centers)
+            self.register_buffer("class_counts", torch.zeros(self.num_classes, dtype=torch.long))
 
     def forward(
         self,
@@ -179,19 +183,10 @@ class CenterContrastiveLoss(ShowsSettings, WeightRegularizerMixin, BaseMetricLos
         labels = labels.long()
         # Before any state moves, because a wrong tuple raises here.
         dtype = torch.promote_types(embeddings.dtype, self.centers.dtype)
-        weights = lmu.convert_to_weights(indices_tuple, labels, dtype=dtype)
+        weights = self.sample_weights(indices_tuple, labels, dtype)
         if self.training and self.center_update == "average":
             self.update_centers(embeddings, labels)
-        losses = center_contrastive_loss(
-            embeddings,
-            self.centers,
-            labels,
-            self.scale,
-            self.margin,
-            self.center_weight,
-            self.label_smoothing,
-            seen=self.seen_classes(),
-        )
+        losses = self.sample_losses(embeddings, labels)
         if self.collect_stats:
             self.set_stats(embeddings, labels)
         loss_dict = {
@@ -203,6 +198,25 @@ class CenterContrastiveLoss(ShowsSettings, WeightRegularizerMixin, BaseMetricLos
         }
         self.add_weight_regularization_to_loss_dict(loss_dict, self.centers)
         return loss_dict
+
+    def sample_losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """(N,), before weights."""
+        return center_contrastive_loss(
+            embeddings,
+            self.centers,
+            labels,
+            self.scale,
+            self.margin,
+            self.center_weight,
+            self.label_smoothing,
+            seen=self.seen_classes(),
+        )
+
+    def sample_weights(
+        self, indices_tuple: tuple[Tensor, ...] | None, labels: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """(N,), in [0, 1]: how often a miner's tuple has each sample."""
+        return lmu.convert_to_weights(indices_tuple, labels, dtype=dtype)
 
     @torch.no_grad()
     def update_centers(self, embeddings: Tensor, labels: Tensor) -> None:

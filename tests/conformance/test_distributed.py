@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import socket
-import traceback
-from pathlib import Path
 
 import pytest
 import torch
 import torch._dynamo  # which DistributedDataParallel imports: once here, or in every process
 import torch.distributed as dist
+from processes import run_processes
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from pytorch_metric_learning.utils.distributed import (
     DistributedLossWrapper,
@@ -28,35 +25,6 @@ pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="torch has no distributed package"),
     pytest.mark.filterwarnings("ignore:num_neighbors"),
 ]
-
-
-def run_processes(function, tmp_path: Path, *args) -> list:
-    """``function(rank, *args)`` in WORLD processes; what each returns."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.start_processes(
-        _process,
-        (function, str(tmp_path), port, *args),
-        nprocs=WORLD,
-        start_method="fork",
-    )
-    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
-    errors = [result for result in results if isinstance(result, str)]
-    assert not errors, errors[0]
-    return results
-
-
-def _process(rank: int, function, folder: str, port: int, *args) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
-    try:
-        result = function(rank, *args)
-    except Exception:
-        result = traceback.format_exc()
-    torch.save(result, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
 def encoder() -> nn.Module:

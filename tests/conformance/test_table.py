@@ -20,6 +20,8 @@ PUBLIC = [
 NO_ROW = {
     # It takes two views and no labels: all rows that go in memories are put into it instead.
     losses.SelfSupervisedLoss,
+    # It lives in a process group only, where its own tests compare it with CenterContrastiveLoss.
+    losses.ShardedCenterContrastiveLoss,
 }
 
 

@@ -122,3 +122,29 @@ def test_no_gradient_is_made_for_centers_that_want_none(inputs):
     (total.sum() + own.sum()).backward()
     assert x.grad.abs().sum() > 0
     assert c.grad is None
+
+
+def test_two_halves_of_the_classes_make_the_whole(inputs):
+    x, c, labels = inputs
+    half, seen = C // 2, some_seen(labels)
+    left, right = (
+        negative_logsumexp(
+            x,
+            c[part],
+            (labels - part.start).clamp(0, half - 1),
+            9.0,
+            seen[part],
+            labels // half == i,
+        )
+        for i, part in enumerate((slice(0, half), slice(half, C)))
+    )
+    weights = torch.rand(2, N, dtype=torch.float64)
+    results = []
+    for total, own in (
+        (torch.logaddexp(left[0], right[0]), left[1] + right[1]),
+        negative_logsumexp(x, c, labels, 9.0, seen),
+    ):
+        grads = torch.autograd.grad((weights[0] * total + weights[1] * own).sum(), (x, c))
+        results.append((total, own, *grads))
+    for actual, expected in zip(*results, strict=True):
+        assert torch.allclose(actual, expected)
