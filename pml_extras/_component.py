@@ -75,20 +75,28 @@ class OptimizerReminder:
         self.what, self.of = what, of
         self.still: int | None = 0  # calls with a gradient so far; None: it moves, or was told of
         self.version: int | None = None
+        self.row: tuple[torch.Tensor, torch.Tensor] | None = None  # its number, and what it was
 
     def check(self, parameter: torch.Tensor) -> None:
         """Call this at each forward pass in training."""
         if self.still is None or parameter.grad is None or not parameter.requires_grad:
             return
-        # Counts the changes in place, which is how optimizers make them; reading it costs nothing.
+        # Counts the changes in place, which is how optimizers make them, save for fused ones;
+        # reading it costs nothing.
         version = parameter._version
         if self.version not in (None, version):
-            self.still = None
+            self.still = self.row = None
             return
         self.version = version
+        if self.row is None:
+            number = parameter.grad.abs().amax(1).argmax()[None]
+            self.row = number, parameter.detach()[number]
         self.still += 1
         if self.still == self.patience:
             self.still = None
+            (number, before), self.row = self.row, None
+            if not torch.equal(parameter.detach()[number], before):
+                return
             warnings.warn(
                 f"{self.what} of {self.of} have had gradients in {self.patience} steps and have not"
                 " moved: give loss.parameters() to an optimizer, whose key in PML's trainers is"

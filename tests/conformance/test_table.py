@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from torch import nn
@@ -51,3 +52,30 @@ def test_no_row_contradicts_itself():
 
 def test_names_tell_rows_apart():
     assert len({component.name for component in COMPONENTS}) == len(COMPONENTS)
+
+
+def combinations() -> str:
+    """What the README says of the losses, from the table."""
+    lines = [
+        "| | a miner's tuples | references | processes | memories | distances | labels |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in COMPONENTS:
+        if row.kind == "loss" and row.name in losses.__all__:
+            tuples = "weight samples" if row.weights_samples else "choose pairs"
+            cells = [
+                f"`{row.name}`",
+                tuples if row.takes_tuples else "refused",
+                "yes" if row.takes_references else "refused",
+                "yes" if row.goes_in_distributed_wrapper else "refused",
+                "yes" if row.goes_in_memories else "refused",
+                "cosine" if row.cosine_only else "any",
+                "needed" if row.needs_labels else "not needed",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def test_the_readme_says_what_goes_together():
+    readme = Path(__file__).parents[2] / "README.md"
+    assert combinations() in readme.read_text(), combinations()

@@ -174,9 +174,10 @@ def test_autocast_leaves_the_centers_in_float32(batch):
 class TestForgottenOptimizer:
     def train(self, loss_func, optimizer, batch, steps=150):
         for _ in range(steps):
+            loss = loss_func(*batch)
             if optimizer is not None:
                 optimizer.zero_grad()
-            loss_func(*batch).backward()
+            loss.backward()
             if optimizer is not None:
                 optimizer.step()
 
@@ -193,6 +194,14 @@ class TestForgottenOptimizer:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             self.train(loss_func, optimizer(loss_func.parameters(), 0.0, foreach=foreach), batch)
+
+    def test_nothing_is_said_of_a_fused_optimizer(self, batch):
+        # Which does not count what it changes.
+        loss_func = CenterContrastiveLoss(C, D)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            optimizer = torch.optim.Adam(loss_func.parameters(), 0.1, fused=True)
+            self.train(loss_func, optimizer, batch)
 
     def test_nothing_is_said_of_centers_that_are_not_to_move(self, batch):
         x = batch[0].requires_grad_()
