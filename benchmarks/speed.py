@@ -3,7 +3,8 @@
 
     python benchmarks/speed.py                  # everything, into benchmarks/results/MACHINE.json
     python benchmarks/speed.py contextual knn   # some cases
-    python benchmarks/speed.py --render         # the tables in benchmarks/README.md
+    python benchmarks/speed.py --device cuda    # the same on a GPU
+    python benchmarks/speed.py --render         # docs/speed.md and its plots
 
 The contenders of a case take turns, so that whatever slows the machine down slows all of them; the
 figures are medians, with the spread of the middle half. Memory is what a fresh process, which does
@@ -13,6 +14,7 @@ nothing else, needs beyond what it had before the first call.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import platform
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import reference
+import speed_page
 import torch
 from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning import miners as pml_miners
@@ -78,7 +81,8 @@ def contextual_against_pml(n: int) -> Contenders:
 
 def contextual_large(n: int) -> Contenders:
     x, labels = clustered(n, 128)
-    return {"pml_extras": step(lambda: functional.sparse_contextual_loss(x, labels).mean(), x)}
+    loss = ContextualLoss()
+    return {"pml_extras": step(lambda: loss(x, labels), x)}
 
 
 def centers(num_classes: int, n: int = 512, dim: int = 128) -> Contenders:
@@ -104,6 +108,18 @@ def centers(num_classes: int, n: int = 512, dim: int = 128) -> Contenders:
     return contenders
 
 
+def optimized(loss: torch.nn.Module, x: torch.Tensor, labels: torch.Tensor) -> Callable[[], Any]:
+    """A step with Adam."""
+    optimizer = torch.optim.Adam(loss.parameters(), lr=0.1)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss(x, labels).backward()
+        optimizer.step()
+
+    return step
+
+
 def center_updates(num_classes: int, n: int = 512, dim: int = 128) -> Contenders:
     torch.manual_seed(0)
     x = torch.randn(n, dim, device=DEVICE, requires_grad=True)
@@ -113,14 +129,17 @@ def center_updates(num_classes: int, n: int = 512, dim: int = 128) -> Contenders
     with torch.no_grad():
         average.centers.normal_()
     gradient = CenterContrastiveLoss(num_classes, dim).to(DEVICE)
-    optimizer = torch.optim.Adam(gradient.parameters(), lr=0.1)
+    return {
+        "pml_extras": lambda: average(x, labels).backward(),
+        "gradient + Adam": optimized(gradient, x, labels),
+    }
 
-    def optimized() -> None:
-        optimizer.zero_grad()
-        gradient(x, labels).backward()
-        optimizer.step()
 
-    return {"pml_extras": lambda: average(x, labels).backward(), "gradient + Adam": optimized}
+def centers_large(num_classes: int, n: int = 512, dim: int = 128) -> Contenders:
+    x = torch.randn(n, dim, device=DEVICE, requires_grad=True)
+    labels = torch.randint(num_classes, (n,), device=DEVICE)
+    loss = CenterContrastiveLoss(num_classes, dim).to(DEVICE)
+    return {"pml_extras": optimized(loss, x, labels)}
 
 
 def listwise(n: int) -> Contenders:
@@ -164,11 +183,12 @@ def miner(n: int) -> Contenders:
     }
 
 
-def interference(n: int) -> Contenders:
+def interference(n: int, triplets_per_anchor: int | str) -> Contenders:
     x, labels = clustered(n, 128)
-    plain = pml_losses.TripletMarginLoss(triplets_per_anchor=100)
-    regularizer = ClassInterferenceRegularizer(n // 4, 128).to(DEVICE)
-    interfered = regularizer.attach(pml_losses.TripletMarginLoss(triplets_per_anchor=100))
+    plain, interfered = (
+        pml_losses.TripletMarginLoss(triplets_per_anchor=triplets_per_anchor) for _ in range(2)
+    )
+    ClassInterferenceRegularizer(n // 4, 128).to(DEVICE).attach(interfered)
     return {
         "pml_extras": step(lambda: interfered(x, labels), x),
         "TripletMarginLoss": step(lambda: plain(x, labels), x),
@@ -188,6 +208,13 @@ def knn(n: int, dim: int = 128, k: int = 20) -> Contenders:
 
 
 # Name, what is measured, the contenders, and how many turns they take.
+ON_GPU_ONLY = {
+    "center-ten-million": (
+        "Center loss, C=10,000,000, with Adam",
+        lambda: centers_large(10_000_000),
+        3,
+    ),
+}
 CASES: dict[str, tuple[str, Callable[[], Contenders], int]] = {
     **{
         f"contextual-{n}": (f"Contextual term, N={n}, D=512", lambda n=n: contextual(n), turns)
@@ -204,29 +231,31 @@ CASES: dict[str, tuple[str, Callable[[], Contenders], int]] = {
         5,
     ),
     "contextual-pml": ("ContextualLoss, N=512", lambda: contextual_against_pml(512), 11),
-    "contextual-32768": (
-        "Contextual term, N=32,768, D=128",
-        lambda: contextual_large(32768),
-        1,
-    ),
+    "contextual-32768": ("ContextualLoss, N=32,768, D=128", lambda: contextual_large(32768), 1),
     **{
         f"centers-{c}": (f"Center loss, C={c:,}, N=512, D=128", lambda c=c: centers(c), turns)
         for c, turns in ((100, 31), (1000, 15), (10_000, 7), (100_000, 5))
     },
     "center-updates": (
-        '"average" centers, a step, C=100,000',
+        'Center loss, "average", C=100,000, a step',
         lambda: center_updates(100_000),
         5,
     ),
+    "center-million": ("Center loss, C=1,000,000, with Adam", lambda: centers_large(1_000_000), 2),
     **{f"listwise-{n}": (f"Listwise KL, N={n}", lambda n=n: listwise(n), 11) for n in (112, 512)},
     "distillation-512": ("SelfDistillation, N=512", lambda: distillation(512), 11),
-    "miner-512": ("Miner, N=512", lambda: miner(512), 11),
-    "miner-4096": ("Miner, N=4096", lambda: miner(4096), 3),
-    "interference-512": (
-        "Interference with a triplet loss, N=512",
-        lambda: interference(512),
-        15,
-    ),
+    **{
+        f"miner-{n}": (f"Miner, N={n}", lambda n=n: miner(n), turns)
+        for n, turns in ((128, 15), (512, 11), (1024, 7), (2048, 5), (4096, 3))
+    },
+    **{
+        f"interference-{triplets}": (
+            f"Interference, N=512, {triplets} triplets an anchor",
+            lambda triplets=triplets: interference(512, triplets),
+            turns,
+        )
+        for triplets, turns in (("all", 5), (100, 15))
+    },
     "knn-5000": ("Re-ranking, 5,000 against themselves", lambda: knn(5000), 3),
     "knn-20000": ("Re-ranking, 20,000 against themselves", lambda: knn(20000), 3),
 }
@@ -276,6 +305,7 @@ def memory(name: str, contender: str) -> float:
 def memory_here(name: str, contender: str) -> float:
     function = CASES[name][1]()[contender]
     if DEVICE == "cuda":
+        function()  # what libraries keep from their first use on is not the method's
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         function()
@@ -295,36 +325,6 @@ def status_kib(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def render() -> None:
-    lines = [
-        "# Speed and memory",
-        "",
-        "Rendered by `python benchmarks/speed.py --render` from `results/`. Time and memory are "
-        "ratios of pml_extras to the contender, measured in one run: below 1, pml_extras is ahead.",
-    ]
-    for path in sorted(RESULTS.glob("*.json")):
-        run = json.loads(path.read_text())
-        lines += ["", f"## {run['machine']}", "", run["versions"], ""]
-        lines += [
-            "| | ms | MiB | against | time | memory |",
-            "| --- | --: | --: | --- | --: | --: |",
-        ]
-        for case in run["cases"].values():
-            ours = case["contenders"]["pml_extras"]
-            row = f"| {case['what']} | {ours['median_ms']:.1f} | {ours['extra_mib']:.0f} "
-            others = [(n, c) for n, c in case["contenders"].items() if n != "pml_extras"]
-            for other, theirs in others:
-                time_ratio = ours["median_ms"] / theirs["median_ms"]
-                both = (ours["extra_mib"], theirs["extra_mib"])
-                # Below a few MiB the allocator's habits are all there is to see.
-                of_memory = f"{both[0] / both[1]:.2f}" if min(both) > 4 else ""
-                lines.append(f"{row}| {other} | {time_ratio:.2f} | {of_memory} |")
-                row = "| | | "
-            if not others:
-                lines.append(f"{row}| | | |")
-    (Path(__file__).parent / "README.md").write_text("\n".join(lines) + "\n")
-
-
 def main() -> None:
     global DEVICE
     parser = argparse.ArgumentParser(description=__doc__)
@@ -337,6 +337,8 @@ def main() -> None:
     args = parser.parse_args()
     DEVICE = args.device
     torch.set_num_threads(args.threads)
+    if DEVICE == "cuda":
+        CASES.update(ON_GPU_ONLY)
     if args.memory_of:
         print(memory_here(*args.memory_of))
         return
@@ -345,13 +347,17 @@ def main() -> None:
         run = json.loads(path.read_text()) if path.exists() else {"cases": {}}
         machine = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.machine()
         run["machine"] = f"{machine}, {args.threads} threads"
-        run["versions"] = f"Python {platform.python_version()}, torch {torch.__version__}"
+        versions = [
+            f"{package} {importlib.metadata.version(package)}"
+            for package in ("torch", "pytorch-metric-learning", "faiss-cpu", "numpy")
+        ]
+        run["versions"] = ", ".join([f"Python {platform.python_version()}", *versions])
         for name in CASES:
             if not args.cases or any(name.startswith(prefix) for prefix in args.cases):
                 print(name, flush=True)
                 run["cases"][name] = measure(name)
                 path.write_text(json.dumps(run, indent=1) + "\n")
-    render()
+    speed_page.render(RESULTS)
 
 
 DEVICE = "cpu"

@@ -1,0 +1,91 @@
+"""The page of docs on speed and memory, from what benchmarks/speed.py has measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parents[1] / "docs"
+# Beginnings of cases' names, which end in a number: what the number is, and the plot's title.
+PLOTS = {
+    "contextual": ("contextual-", "samples in a batch", "The contextual term"),
+    "centers": ("centers-", "classes", "The center contrastive loss"),
+    "miner": ("miner-", "samples in a batch", "The contextual miner"),
+}
+
+
+def render(results: Path) -> None:
+    runs = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
+    lines = [
+        "# Speed and memory",
+        "",
+        "Measured by `python benchmarks/speed.py`, which renders this page too. Time and memory",
+        "are ratios of pml_extras to the contender, measured in turns in one run: below 1,",
+        "pml_extras is ahead. A step is forward and backward. *Plain* is the formula written down",
+        "plainly, as research code has it (`benchmarks/reference.py`). *Spread* is how far apart",
+        "the quarter points of our times are, relative to their median; memory is beyond the inputs.",
+    ]
+    for stem, run in runs.items():
+        lines += ["", f"## {run['machine']}", "", run["versions"], ""]
+        for name, (prefix, label, title) in PLOTS.items():
+            file = DOCS / "figures" / f"speed-{name}-{stem}.svg"
+            if plot(run, prefix, label, file):
+                lines += [f"![{title}, {run['machine']}](figures/{file.name})", ""]
+        lines += [
+            "| | ms | spread | MiB | against | time | memory |",
+            "| --- | --: | --: | --: | --- | --: | --: |",
+        ]
+        for case in run["cases"].values():
+            ours = case["contenders"]["pml_extras"]
+            low, high = ours["middle_half_ms"]
+            spread = f"{(high - low) / ours['median_ms']:.0%}" if ours["turns"] > 1 else ""
+            row = (
+                f"| {case['what']} | {ours['median_ms']:.1f} | {spread} | {ours['extra_mib']:.0f} "
+            )
+            others = [(n, c) for n, c in case["contenders"].items() if n != "pml_extras"]
+            for other, theirs in others:
+                time_ratio = ours["median_ms"] / theirs["median_ms"]
+                both = (ours["extra_mib"], theirs["extra_mib"])
+                # Below a few MiB the allocator's habits are all there is to see.
+                of_memory = f"{both[0] / both[1]:.2f}" if min(both) > 4 else ""
+                lines.append(f"{row}| {other} | {time_ratio:.2f} | {of_memory} |")
+                row = "| | | | "
+            if not others:
+                lines.append(f"{row}| | | |")
+    (DOCS / "speed.md").write_text("\n".join(lines) + "\n")
+
+
+def plot(run: dict[str, Any], prefix: str, label: str, file: Path) -> bool:
+    """Time and memory over size, in double logarithms; whether there was anything to draw."""
+    from matplotlib.figure import Figure
+
+    points: dict[str, dict[int, dict[str, Any]]] = {}
+    for name, case in run["cases"].items():
+        size = name.removeprefix(prefix)
+        if name.startswith(prefix) and size.isdigit() and len(case["contenders"]) > 1:
+            for contender, measured in case["contenders"].items():
+                points.setdefault(contender, {})[int(size)] = measured
+    if not points:
+        return False
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    for axes, key, what in zip(
+        figure.subplots(1, 2), ("median_ms", "extra_mib"), ("ms a step", "MiB beyond the inputs"),
+        strict=True,
+    ):  # fmt: skip
+        for contender, by_size in points.items():
+            style = {"linewidth": 2.5, "zorder": 3} if contender == "pml_extras" else {}
+            # Memory that is too small to be seen beside the process's is not drawn.
+            shown = {
+                n: m[key] for n, m in sorted(by_size.items()) if m[key] > 1 or key != "extra_mib"
+            }
+            axes.loglog(list(shown), list(shown.values()), marker="o", label=contender, **style)
+        axes.set_xlabel(label)
+        axes.set_ylabel(what)
+        axes.grid(which="both", color="0.9")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].legend(frameon=False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # Without the date, so that the same figures make the same file.
+    figure.savefig(file, metadata={"Date": None})
+    return True
