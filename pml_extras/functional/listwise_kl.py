@@ -61,9 +61,8 @@ class _KLDivergence(torch.autograd.Function):
     def forward(logits: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
         log_q = logits.log_softmax(1)
         p, log_ratio = log_p.exp(), log_q - log_p
-        # Q - P without cancellation where they are near; where they are not, without overflow.
-        near = log_ratio.clamp_max(1).expm1_().mul_(p)
-        difference = torch.where(log_ratio > 1, log_q.exp_() - p, near)
+        # Q - P, without cancellation where they are near, and without overflow where they are not.
+        difference = (log_q.exp_() + p).mul_((log_ratio / 2).tanh_())
         # Q - P sums to nothing, so its presence changes no divergence; but with it each term is
         # non-negative, and rounding cannot make the divergence of near-equal lists negative.
         return (difference - log_ratio.mul_(p)).sum(1), difference
