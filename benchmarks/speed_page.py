@@ -24,7 +24,8 @@ def render(results: Path) -> None:
         "are ratios of pml_extras to the contender, measured in turns in one run: below 1,",
         "pml_extras is ahead. A step is forward and backward. *Plain* is the formula written down",
         "plainly, as research code has it (`benchmarks/reference.py`). *Spread* is how far apart",
-        "the quarter points of our times are, relative to their median; memory is beyond the inputs.",
+        "the quarter points of our times are, relative to their median; memory is what is needed",
+        "beyond the inputs.",
     ]
     for stem, run in runs.items():
         lines += ["", f"## {run['machine']}", "", run["versions"], ""]

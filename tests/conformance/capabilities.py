@@ -52,6 +52,9 @@ class Component:
     keeps_dtypes: Annotated[
         bool, "Its parameters and buffers keep their dtypes, whatever that of the embeddings."
     ] = True
+    waits_for_the_device: Annotated[
+        bool, "Makes the host wait for a GPU at each step, as PML's lists of pairs do."
+    ] = False
     watches_a_network: Annotated[
         bool, "Wants embeddings of a network's latest pass, and to be told when an epoch ends."
     ] = False
