@@ -12,7 +12,7 @@ from ._precision import full_precision
 from .contextual_similarity import contextual_similarity_from_distances
 from .copies import row_fingerprints
 from .cosine import pairwise_cosine
-from .sparse_context import SPARSITY, blocks, neighborhood_size, sparse_context
+from .sparse_context import SPARSITY, Growing, blocks, neighborhood_size, sparse_context
 
 # A positive pair this similar in context is kept whatever the labels around it say.
 SURE_POSITIVE = 0.25
@@ -144,15 +144,15 @@ def contextual_pairs(
     else:
         vote, ref_vote = _full_trust(embeddings), _full_trust(ref_emb)
 
-    found = []
+    r = len(ref_emb)
+    positives, negatives = (Growing(4 * len(embeddings), embeddings.device) for _ in range(2))
     for rows in parts:
-        positives, negatives = _hard_and_likely(
-            look(rows), ClassVote(*(part[rows] for part in vote)), ref_vote, margin
-        )
-        (a1, p), (a2, n) = positives.nonzero(as_tuple=True), negatives.nonzero(as_tuple=True)
-        found.append((rows[a1], p, rows[a2], n))
-    a1, p, a2, n = (torch.cat(part) for part in zip(*found, strict=True))
-    return a1, p, a2, n
+        of_rows = ClassVote(*(part[rows] for part in vote))
+        kinds = _hard_and_likely(look(rows), of_rows, ref_vote, margin)
+        for found, hard in zip((positives, negatives), kinds, strict=True):
+            found.append(hard.view(-1).nonzero().squeeze(1) + rows[0] * r)
+    p, n = positives.numbers(), negatives.numbers()
+    return p // r, p % r, n // r, n % r
 
 
 class Pairs(NamedTuple):

@@ -57,15 +57,15 @@ def sparse_contrastive_loss(
 class _NegativePairs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, unit: Tensor, same: Sparse, margin: float) -> Tensor:
-        sums, num_active = [], unit.new_zeros(())
+        sums, num_active = unit.new_empty(len(unit)), unit.new_zeros(())
         for rows in blocks(len(unit), len(unit), unit.device):
             excess = _excess(unit, same, rows, margin).relu_()
-            sums.append(excess.sum(1))
+            sums[rows] = excess.sum(1)
             num_active += excess.count_nonzero()
         share = len(unit) / num_active.clamp_min_(1)
         ctx.save_for_backward(unit, share)
         ctx.same, ctx.margin = same, margin
-        return torch.cat(sums) * share
+        return sums * share
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -75,12 +75,12 @@ class _NegativePairs(torch.autograd.Function):
             )
         unit, share = ctx.saved_tensors
         upstream = upstream * share
-        found = []
+        by_unit = torch.empty_like(unit)
         for rows in blocks(len(unit), len(unit), unit.device):
             active = _excess(unit, ctx.same, rows, ctx.margin) > 0
             by_pairs = (upstream[rows, None] + upstream).masked_fill_(~active, 0)
-            found.append(by_pairs @ unit)
-        return torch.cat(found), None, None
+            by_unit[rows] = by_pairs @ unit
+        return by_unit, None, None
 
 
 def _excess(unit: Tensor, same: Sparse, rows: Tensor, margin: float) -> Tensor:
