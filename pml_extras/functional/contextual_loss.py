@@ -49,12 +49,10 @@ def contextual_loss(
         tensor([0., 0., 0., 0.])
     """
     context = contextual_similarity(similarities, num_neighbors, slack, ref_similarities)
-    if ref_labels is None or copies is None:
-        ref_labels = labels
-        copies = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-    same_class = labels[:, None] == ref_labels
-    errors = (context - same_class.to(context.dtype)).square()
-    return errors.masked_fill(copies, 0).sum(1) / len(ref_labels)
+    ref_labels = labels if ref_labels is None else ref_labels
+    errors = context - (labels[:, None] == ref_labels).to(context.dtype)
+    errors = errors.fill_diagonal_(0) if copies is None else errors.masked_fill(copies, 0)
+    return errors.square().sum(1) / len(ref_labels)
 
 
 @full_precision

@@ -46,7 +46,7 @@ def contextual_similarity(
     """
 
     def squared_distances(s: Tensor) -> Tensor:
-        return (2 - 2 * s).clamp_min(0)
+        return torch.rsub(s, 2, alpha=2).clamp_min(0)
 
     return contextual_similarity_from_distances(
         squared_distances(similarities),
@@ -131,7 +131,8 @@ class _WithinBatch(torch.autograd.Function):
     def forward(ctx: Any, distances: Tensor, num_neighbors: int, slack: float) -> Tensor:
         n = len(distances)
         k = min(num_neighbors, n)
-        distances = _nearest_to_itself(distances)
+        distances = distances.clone()
+        distances.diagonal().copy_(distances.amin(1))  # see _nearest_to_itself
         radii = distances.topk(k, dim=1, largest=False).values + slack
         near = (distances <= radii[:, -1:]).to(distances.dtype)
         nearest = (distances <= radii[:, max(k // 2, 1) - 1, None]).to(distances.dtype)
