@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from ._precision import full_precision
 
 # How many numbers a block of queries may take at a time, besides its results.
-BLOCK = 1 << 24
+BLOCK = 1 << 22
 
 
 class ReferenceGraph(NamedTuple):
@@ -29,6 +29,10 @@ class ReferenceGraph(NamedTuple):
     """(R, k): how far each of those neighbours shares the reference's neighbourhood, in [0, 1]."""
     reciprocal: Tensor
     """(R, h) bool: which of the first h = max(k // 2, 1) have the reference among their first h."""
+    candidates: Tensor
+    """(R, c >= k): as neighbors, and what comes next, for references that will be queries too."""
+    candidate_similarity: Tensor
+    """(R, c)."""
 
 
 def nearest(query: Tensor, references: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -54,12 +58,16 @@ def nearest(query: Tensor, references: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 @full_precision
-def reference_graph(references: Tensor, num_neighbors: int) -> ReferenceGraph:
+def reference_graph(
+    references: Tensor, num_neighbors: int, num_candidates: int = 0
+) -> ReferenceGraph:
     """Find each reference's neighbours among the references and compare their neighbourhoods.
 
     Args:
         references: (R, D), any scale.
         num_neighbors: k >= 1, the reference itself included; clamped to R.
+        num_candidates: how many of its nearest to remember for each reference, if more than k: what
+            :func:`contextual_neighbors` need not search again where references are the queries.
 
     Example:
         >>> import torch
@@ -73,9 +81,10 @@ def reference_graph(references: Tensor, num_neighbors: int) -> ReferenceGraph:
     unit = normalize(references.detach())
     k = min(num_neighbors, len(unit))
     half = max(k // 2, 1)
-    similarity, neighbors = nearest(unit, unit, k)
+    found = nearest(unit, unit, max(k, min(num_candidates, len(unit))))
     itself = torch.arange(len(unit), device=unit.device)[:, None]
-    similarity, neighbors = _put_first(itself, similarity, neighbors)
+    candidate_similarity, candidates = _put_first(itself, *found)
+    similarity, neighbors = candidate_similarity[:, :k], candidates[:, :k]
 
     opinion = torch.empty_like(similarity)
     for rows in _blocks(len(unit), len(unit) + k * k):
@@ -83,7 +92,9 @@ def reference_graph(references: Tensor, num_neighbors: int) -> ReferenceGraph:
         opinion[rows] = _agreement(shared, k, len(unit))
     first = neighbors[:, :half]
     reciprocal = (neighbors[first, :half] == itself[:, :, None]).any(2)
-    return ReferenceGraph(unit, neighbors, similarity, opinion, reciprocal)
+    return ReferenceGraph(
+        unit, neighbors, similarity, opinion, reciprocal, candidates, candidate_similarity
+    )
 
 
 @full_precision
@@ -129,11 +140,14 @@ def contextual_neighbors(
     half = graph.reciprocal.shape[1]
     k = min(k, num_references)
     unit = normalize(query.detach())
-    similarity, candidates = nearest(
-        unit, graph.embeddings, min(max(k, num_candidates, num_neighbors), num_references)
-    )
-    if query_indices is not None:
-        similarity, candidates = _put_first(query_indices[:, None], similarity, candidates)
+    wanted = min(max(k, num_candidates, num_neighbors), num_references)
+    if query_indices is not None and graph.candidates.shape[1] >= wanted:
+        similarity = graph.candidate_similarity[query_indices, :wanted]
+        candidates = graph.candidates[query_indices, :wanted]
+    else:
+        similarity, candidates = nearest(unit, graph.embeddings, wanted)
+        if query_indices is not None:
+            similarity, candidates = _put_first(query_indices[:, None], similarity, candidates)
     radius, half_radius = graph.similarity[:, -1], graph.similarity[:, half - 1]
 
     distances = torch.empty_like(similarity)

@@ -78,12 +78,17 @@ class ContextualKNN:
         Returns:
             (Q, k) distances in [0, 1], ascending, and (Q, k) int64 indices of references.
         """
-        graph = self.graph if reference is None else reference_graph(reference, self.num_neighbors)
+        k += ref_includes_query
+        graph = self.graph
+        if reference is not None:
+            are_queries = ref_includes_query and len(query) == len(reference)
+            num_candidates = max(k, self.num_candidates) if are_queries else 0
+            graph = reference_graph(reference, self.num_neighbors, num_candidates)
         if graph is None:
             raise ValueError("there are no references: give some, or call train first")
         own = torch.arange(len(query), device=query.device) if ref_includes_query else None
         distances, indices = contextual_neighbors(
-            query, graph, k + ref_includes_query, self.num_candidates, self.distance_weight, own
+            query, graph, k, self.num_candidates, self.distance_weight, own
         )
         return return_results(distances, indices, ref_includes_query)
 
