@@ -178,7 +178,12 @@ class Page:
                     table(["", "R@1", "R-precision", "MAP@R", "ms a step", "MiB a step"], body),
                     "",
                 ]
-        parts += [self.draw("curves", self.curves), self.draw("cost", self.costs)]
+        parts += [
+            "A step's time is that of the processor, or of the GPU where there is one; its memory is"
+            " what the first epoch needs beyond data and network. Medians over the seeds.",
+            self.draw("curves", self.curves),
+            self.draw("cost", self.costs),
+        ]
         return "\n".join(parts)
 
     def cost(self, cell: Cell, name: str, factor: float) -> str:

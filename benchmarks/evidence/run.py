@@ -165,7 +165,9 @@ def pretrained(preset: Preset, dataset: str, seed: int, where: Where) -> dict[st
     training.fit(network, parts, PRETRAINING, batches, budget.pretraining_epochs)
     weights = network.state_dict()
     path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.save(path, {"budget": preset.describe(), "weights": weights})
+    ours = path.with_suffix(f".{os.getpid()}")  # another process may be at the same
+    checkpoint.save(ours, {"budget": preset.describe(), "weights": weights})
+    os.replace(ours, path)
     return weights
 
 
@@ -285,7 +287,7 @@ def sweep(
                     break
                 if call := task(job, results, where):
                     waiting.remove(job)
-                    running[submit(*call)] = job
+                    running[submit(timed, *call)] = job
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -312,6 +314,12 @@ def workers(processes: int) -> Iterator[Callable[..., Future[Record]]]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, initializer=start_worker) as pool:
         yield pool.submit
+
+
+def timed(function: Callable[..., Record], *arguments: Any) -> Record:
+    started = time.perf_counter()
+    found = function(*arguments)
+    return found | {"seconds": round(time.perf_counter() - started, 2)}
 
 
 def run_here(function: Callable[..., Record], *arguments: Any) -> Future[Record]:

@@ -22,7 +22,7 @@ TINY = Preset(
     seeds=2,
     blocks={"clean": Block(("digits",), ("finetune",), ("clean",), ("contrastive", "arcface"))},
 )  # fmt: skip
-TIMES = ("seconds_per_step", "peak_mib", "threads")
+TIMES = ("seconds", "seconds_per_step", "peak_mib", "threads")
 
 
 def sweep(preset, path, processes=1):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -93,7 +95,7 @@ def test_embeddings_that_are_no_numbers_find_nothing():
     assert torch.equal(training.embed(Broken(), images, CPU), torch.zeros(4, 16))
 
 
-@pytest.mark.skipif(training.sys.platform != "linux", reason="resident memory is Linux's")
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is Linux's")
 def test_peak_memory():
     with training.PeakMemory(CPU) as peak:
         torch.ones(32 * 2**20 // 4).sum()
