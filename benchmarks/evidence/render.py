@@ -179,7 +179,7 @@ class Page:
                     "",
                 ]
         parts += [
-            "A step's time is that of the processor, or of the GPU where there is one; its memory is"
+            "A step's time is that of the processor, or of the GPU if there is one; its memory is"
             " what the first epoch needs beyond data and network. Medians over the seeds.",
             self.draw("curves", self.curves),
             self.draw("cost", self.costs),
