@@ -1,0 +1,184 @@
+"""The papers' own protocol: train on the first half of the classes of CUB, Cars196 or SOP, and
+retrieve among the images of the other half. Yours are the images and the backbone.
+
+The split and the metrics are the field's. What the papers' optimizers and crops were is not all
+known to us: ours are here to be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from datasets import Images, UserError
+from networks import build_trunk
+from PIL import Image
+from pytorch_metric_learning.samplers import MPerClassSampler
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from . import training
+from .plan import METHODS, PUBLISHED, Setting, Sizes, assemble
+from .records import Record, appending, read
+
+NAMES = ("cub", "cars196", "sop")
+MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])  # ImageNet's
+
+# The authors' for the contextual loss; for CCL what re-implementations use. Learning rates are
+# ours.
+SETTINGS: dict[str, Setting] = {
+    "contextual": {"contextual_weight": 0.4, "neg_margin": 0.6, "slack": 0.05},
+    "center_contrastive": {"scale": 16.0, "margin": 0.2, "center_weight": 1.5, "proxy_lr": 0.1},
+}
+
+
+def add_arguments(add: Callable[..., Any]) -> None:
+    add("--backbone", metavar="MODULE:FUNCTION",
+        help="called without arguments, gives a network from (N, 3, size, size) to (N, features); "
+             "default: a small one")  # fmt: skip
+    add("--method", choices=METHODS, default="contextual", help="default: %(default)s")
+    add("--setting", type=json.loads, default={}, metavar="JSON",
+        help='of the method and "lr"; default: the published one')  # fmt: skip
+    add("--image-size", type=int, default=256, help="default: %(default)s")
+    add("--embedding-size", type=int, default=512, help="default: %(default)s")
+    add("--batch-size", type=int, default=128, help="default: %(default)s")
+    add("--epochs", type=int, default=60, help="default: %(default)s")
+    add("--seeds", type=int, default=1, help="default: %(default)s")
+    add("--workers", type=int, default=4, help="processes that read images")
+
+
+def run(args: argparse.Namespace, root: Path, results: Path) -> None:
+    device = torch.device(args.device)
+    data = datasets.load(args.protocol, root, args.image_size)
+    if args.batch_size > len(data.train):
+        raise UserError(f"--batch-size: there are {len(data.train)} images to train on")
+    setting = {"lr": 1e-4, **SETTINGS.get(args.method, {}), **args.setting}
+    missing = METHODS[args.method].space.keys() - setting.keys()
+    if missing:
+        raise UserError(f"--setting: {args.method} needs {', '.join(sorted(missing))} too")
+    what: Record = {
+        "protocol": args.protocol,
+        "method": args.method,
+        "setting": setting,
+        "backbone": args.backbone or "small",
+        **{name: getattr(args, name) for name in
+           ("image_size", "embedding_size", "batch_size", "epochs")},
+    }  # fmt: skip
+    with appending(results) as append:
+        for seed in range(args.seeds):
+            if any(r | what | {"seed": seed} == r for r in read(results)):
+                continue
+            started = time.perf_counter()
+            training.seed_everything(seed)
+            network = build(args.backbone, args.image_size, args.embedding_size).to(device)
+            method = METHODS[args.method]
+            classes = len(data.train.names)
+            sizes = Sizes.of(method, classes, args.embedding_size, args.batch_size)
+            parts = assemble(method, setting, sizes, network, args.epochs)
+            parts.loss.to(device)
+            batches = Loader(Crops(data.train, at_random=True), sizes, args.workers, device)
+            cost = training.fit(network, parts, setting, batches, args.epochs)
+            crops = DataLoader(Crops(data.test, at_random=False), 256, num_workers=args.workers)
+            network.eval()
+            with torch.no_grad():
+                found = [network(images.to(device)) for images, _ in tqdm(crops, desc="testing")]
+            embeddings = nn.functional.normalize(torch.cat(found))
+            test = training.retrieval(embeddings, data.test.labels)
+            seconds = time.perf_counter() - started
+            append({**what, "seed": seed, **cost, "seconds": seconds, "test": test})
+    print("\n".join(rows([r for r in read(results) if r | what == r])))
+
+
+def build(backbone: str | None, image_size: int, embedding_size: int) -> nn.Module:
+    if backbone:
+        module, _, function = backbone.partition(":")
+        try:
+            trunk: nn.Module = getattr(importlib.import_module(module), function)()
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UserError(f"--backbone {backbone}: {error}") from error
+    else:
+        trunk = build_trunk(3, image_size)
+    with torch.no_grad():
+        shape = trunk.eval()(torch.zeros(1, 3, image_size, image_size)).shape
+    if len(shape) != 2:
+        raise UserError(f"--backbone {backbone}: wanted (N, features), got {tuple(shape)}")
+    return nn.Sequential(trunk, nn.Linear(shape[1], embedding_size))
+
+
+class Crops(Dataset[tuple[Tensor, int]]):
+    """Square crops of image files, the shorter side scaled to 8/7 of the crop's: at random, half of
+    them mirrored, or the centre."""
+
+    def __init__(self, images: Images, at_random: bool) -> None:
+        self.images, self.at_random = images, at_random
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        size, path = self.images.size, self.images.source[index]
+        try:
+            with Image.open(path) as file:
+                image = file.convert("RGB")
+        except OSError as error:
+            raise UserError(f"cannot read the image {path}: {error}") from error
+        scale = size * 8 / 7 / min(image.size)
+        width, height = (max(size, round(side * scale)) for side in image.size)
+        share = torch.rand(3).tolist() if self.at_random else [0.5, 0.5, 1.0]
+        left, top = round(share[0] * (width - size)), round(share[1] * (height - size))
+        box = [edge / scale for edge in (left, top, left + size, top + size)]
+        box = [*box[:2], min(box[2], image.width), min(box[3], image.height)]
+        crop = image.resize((size, size), Image.Resampling.BILINEAR, box=tuple(box))
+        pixels = (np.asarray(crop) / 255 - MEAN) / STD
+        if share[2] < 0.5:
+            pixels = pixels[:, ::-1]
+        tensor = torch.from_numpy(pixels.astype(np.float32, order="C"))
+        return tensor.permute(2, 0, 1), self.images.labels[index]
+
+
+class Loader:
+    """An epoch of batches, with a bar."""
+
+    def __init__(self, crops: Crops, sizes: Sizes, workers: int, device: torch.device) -> None:
+        per_epoch = len(crops) // sizes.batch * sizes.batch
+        sampler = MPerClassSampler(crops.images.labels, sizes.per_class, sizes.batch, per_epoch)
+        self.loader = DataLoader(
+            crops, sizes.batch, sampler=sampler, num_workers=workers, drop_last=True
+        )
+        self.device = device
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in tqdm(self.loader, leave=False):
+            yield images.to(self.device), labels.to(self.device)
+
+
+def rows(records: list[Record]) -> list[str]:
+    """The lines of a table: what was measured beside what was published."""
+    lines = [
+        "| dataset | method | backbone | pixels | R@1 | MAP@R | R@1 published |",
+        "| --- | --- | --- | --: | --: | --: | --- |",
+    ]
+    for r in records:
+        published = PUBLISHED.get(r["method"], {}).get(r["protocol"], [])
+        others = "; ".join(
+            f"{value} ({f'{size} pixels, ' if size else ''}{source})"
+            for size, value, source in published
+        )
+        lines.append(
+            f"| {r['protocol']} | {METHODS[r['method']].label} | {r['backbone']} |"
+            f" {r['image_size']} | {100 * r['test']['precision_at_1']:.1f} |"
+            f" {100 * r['test']['map_at_r']:.1f} | {others or '—'} |"
+        )
+    return lines
