@@ -46,7 +46,10 @@ def contextual_similarity(
     """
 
     def squared_distances(s: Tensor) -> Tensor:
-        return torch.rsub(s, 2, alpha=2).clamp_min(0)
+        found = torch.rsub(s, 2, alpha=2)
+        # What rounding took below 0 goes back, without a part in the gradient.
+        found.detach().clamp_min_(0)
+        return found
 
     return contextual_similarity_from_distances(
         squared_distances(similarities),
