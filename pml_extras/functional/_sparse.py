@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import NamedTuple
 
@@ -83,13 +84,20 @@ def _ordered(rows: Tensor, cols: Tensor, values: Tensor, n: int) -> Sparse:
 
 
 def _csr(matrix: Sparse) -> Tensor:
+    _hear_that_it_is_in_beta()
     ends = torch.bincount(matrix.rows, minlength=matrix.n).cumsum(0)
+    return torch.sparse_csr_tensor(
+        torch.cat([ends.new_zeros(1), ends]),
+        matrix.cols,
+        matrix.values,
+        (matrix.n, matrix.n),
+        check_invariants=False,
+    )
+
+
+@functools.cache
+def _hear_that_it_is_in_beta() -> None:
+    """Torch says so once a process: here, unheard, rather than to the user."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse (CSR|invariant)")  # that it is in beta
-        return torch.sparse_csr_tensor(
-            torch.cat([ends.new_zeros(1), ends]),
-            matrix.cols,
-            matrix.values,
-            (matrix.n, matrix.n),
-            check_invariants=False,
-        )
+        warnings.simplefilter("ignore")
+        torch.zeros(1, 1).to_sparse_csr()
