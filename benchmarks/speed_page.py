@@ -59,7 +59,9 @@ def render(results: Path) -> None:
 
 def plot(run: dict[str, Any], prefix: str, label: str, file: Path) -> bool:
     """Time and memory over size, in double logarithms; whether there was anything to draw."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
     points: dict[str, dict[int, dict[str, Any]]] = {}
     for name, case in run["cases"].items():
@@ -81,12 +83,16 @@ def plot(run: dict[str, Any], prefix: str, label: str, file: Path) -> bool:
                 n: m[key] for n, m in sorted(by_size.items()) if m[key] > 1 or key != "extra_mib"
             }
             axes.loglog(list(shown), list(shown.values()), marker="o", label=contender, **style)
+        sizes = sorted(set().union(*points.values()))
+        axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel(label)
         axes.set_ylabel(what)
-        axes.grid(which="both", color="0.9")
+        axes.grid(color="0.9")
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False)
     file.parent.mkdir(parents=True, exist_ok=True)
-    # Without the date, so that the same figures make the same file.
-    figure.savefig(file, metadata={"Date": None})
+    # Without dates and random names, so that the same figures make the same file.
+    with rc_context({"svg.hashsalt": file.stem}):
+        figure.savefig(file, metadata={"Date": None})
     return True
