@@ -95,7 +95,8 @@ class OptimizerReminder:
         if self.still == self.patience:
             self.still = None
             (number, before), self.row = self.row, None
-            if not torch.equal(parameter.detach()[number], before):
+            moved_away = before.device != parameter.device or before.dtype != parameter.dtype
+            if moved_away or not torch.equal(parameter.detach()[number], before):
                 return
             warnings.warn(
                 f"{self.what} of {self.of} have had gradients in {self.patience} steps and have not"

@@ -88,7 +88,7 @@ def reference_graph(
 
     opinion = torch.empty_like(similarity)
     for rows in _blocks(len(unit), len(unit) + k * k):
-        shared = _count_shared(neighbors[rows], neighbors, neighbors[rows])
+        shared = _count_shared(neighbors[rows], neighbors, neighbors[rows]).to(unit.dtype)
         opinion[rows] = _agreement(shared, k, len(unit))
     first = neighbors[:, :half]
     reciprocal = (neighbors[first, :half] == itself[:, :, None]).any(2)
@@ -173,7 +173,7 @@ def contextual_neighbors(
             (votes[:, :, None] * graph.opinion[counsel]).flatten(1),
         )
         # What each reference's closest reciprocal neighbours think of the query.
-        shared = _count_shared(near, graph.neighbors, nearby)
+        shared = _count_shared(near, graph.neighbors, nearby).to(cosine.dtype)
         opinion = _agreement(shared, num_neighbors, num_references) * knows_back
         of_query = cosine.new_zeros(len(nearby), num_references).scatter_(1, nearby, opinion)
         asked = graph.reciprocal[nearby].to(cosine.dtype)

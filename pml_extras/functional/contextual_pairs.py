@@ -106,12 +106,15 @@ def contextual_pairs(
         >>> contextual_pairs(x, labels, distance=torch.cdist, **rules)[:2]
         (tensor([0, 1, 2, 3]), tensor([1, 0, 3, 2]))
     """
+    if len(embeddings) == 0 or (ref_emb is not None and len(ref_emb) == 0):
+        p, n = labels.new_empty(2, 0, dtype=torch.long)
+        return p, p.clone(), n, n.clone()
     # A sample that is not finite has no place in any order: it is nobody's neighbour.
     far = torch.finfo(embeddings.dtype).max  # not infinity, which less itself is NaN
 
     def distances(x: Tensor, y: Tensor) -> Tensor:
         found = -pairwise_cosine(x, y) if distance is None else distance(x, y)
-        return found.masked_fill(~found.isfinite(), far)
+        return found.to(embeddings.dtype).masked_fill(~found.isfinite(), far)
 
     if ref_emb is None or ref_labels is None:
         ref_emb, ref_labels = embeddings, labels

@@ -99,6 +99,8 @@ def contextual_similarity_from_distances(
     authors' code divides 0 by 0), and k = 1 and k > N are allowed; these, other distances and
     references are ours.
     """
+    if distances.numel() == 0:
+        return distances.clone()
     if ref_distances is None:
         within: Tensor = _WithinBatch.apply(distances, num_neighbors, slack)  # type: ignore[no-untyped-call]
         return within

@@ -100,10 +100,11 @@ class _NegativeLogSumExp(torch.autograd.Function):
         )
         if torch.is_grad_enabled():  # for the second derivative
             outputs = _plainly(embeddings, centers, labels, ctx.scale, seen, held)
-            grads = torch.autograd.grad(
-                outputs, (embeddings, centers), (by_total, by_own), create_graph=True
-            )
-            return *grads, None, None, None, None
+            needed = ctx.needs_input_grad[:2]
+            wanted = [x for x, n in zip((embeddings, centers), needed, strict=True) if n]
+            grads = torch.autograd.grad(outputs, wanted, (by_total, by_own), create_graph=True)
+            found = iter(grads)
+            return *(next(found) if n else None for n in needed), None, None, None, None
         by_embeddings = by_centers = None
         by_total, by_own = ctx.scale * by_total[:, None], by_own[:, None]
         if held is not None:

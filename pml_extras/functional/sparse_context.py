@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,12 +26,27 @@ class SparseContext(NamedTuple):
 
     near: Sparse  # M
     nearest: Sparse  # M^2
-    members: Tensor  # c
     shared: Sparse  # M M^T
     reciprocal: Sparse  # R
-    degree: Tensor  # the row sums of R
     opinion: Sparse  # W
     context: Sparse  # S
+    members: Tensor  # c
+    degree: Tensor  # the row sums of R
+
+    def tensors(self) -> list[Tensor]:
+        """What it is made of, for save_for_backward."""
+        *matrices, members, degree = self
+        return [t for m in matrices for t in (m.rows, m.cols, m.values)] + [members, degree]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> SparseContext:
+        """The inverse of :meth:`tensors`."""
+        *entries, members, degree = tensors
+        near, nearest, shared, reciprocal, opinion, context = (
+            Sparse(entries[i], entries[i + 1], entries[i + 2], len(members))
+            for i in range(0, len(entries), 3)
+        )
+        return cls(near, nearest, shared, reciprocal, opinion, context, members, degree)
 
 
 def sparse_context(
@@ -59,7 +74,7 @@ def sparse_context(
     context = reciprocal.with_values(1 / degree[reciprocal.rows]) @ opinion
     context = context.plus(context.transposed())
     context = context.with_values(context.values / 2)
-    return SparseContext(near, nearest, members, shared, reciprocal, degree, opinion, context)
+    return SparseContext(near, nearest, shared, reciprocal, opinion, context, members, degree)
 
 
 def neighborhood_size(
@@ -68,7 +83,7 @@ def neighborhood_size(
     """How many samples lie in a neighbourhood, measured on a sample of them; n where sparse
     matrices are out of the question: small and middling batches on a GPU are better served by dense
     products, which need no word from the host."""
-    smallest = SMALLEST_ON_GPU if device.type == "cuda" else k * SPARSITY
+    smallest = SMALLEST_ON_GPU if device.type == "cuda" else max(k, 1) * SPARSITY
     has_mkl = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
     if n < smallest or not (device.type == "cuda" or has_mkl):
         return n

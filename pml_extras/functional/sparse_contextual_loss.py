@@ -14,6 +14,7 @@ from .contextual_similarity import STEP_SLOPE
 from .sparse_context import (
     SPARSITY,
     Distances,
+    SparseContext,
     agreement,
     neighborhood_size,
     sparse_context,
@@ -65,6 +66,8 @@ def sparse_contextual_loss(
         >>> sparse_contextual_loss(x, torch.tensor([0, 0, 1, 1]), num_neighbors=2)
         tensor([0., 0., 0., 0.])
     """
+    if len(embeddings) == 0:
+        return embeddings.sum(1)
     unit = normalize(embeddings)
     losses: Tensor = _SparseContextualLoss.apply(unit, labels, num_neighbors, slack)  # type: ignore[no-untyped-call]
     return losses
@@ -108,8 +111,7 @@ class _SparseContextualLoss(torch.autograd.Function):
         error[context.rows == context.cols] = 0
         losses: Tensor = (context.with_values(error).row_sums() + (sizes[numbers] - 1)) / n
 
-        ctx.save_for_backward(unit, numbers)
-        ctx.found = found
+        ctx.save_for_backward(unit, numbers, *found.tensors())
         return losses
 
     @staticmethod
@@ -118,9 +120,10 @@ class _SparseContextualLoss(torch.autograd.Function):
             raise RuntimeError(
                 "sparse_contextual_loss cannot be differentiated twice: use contextual_loss"
             )
-        unit, numbers = ctx.saved_tensors
-        near, nearest, members, shared, reciprocal, degree, opinion, context = ctx.found
+        unit, numbers, *tensors = ctx.saved_tensors
         n = len(unit)
+        found = SparseContext.of(tensors)
+        near, nearest, shared, reciprocal, opinion, context, members, degree = found
         by_context = context.plus(same_class(numbers, unit.new_tensor(-1.0)))
         i, j = by_context.rows, by_context.cols
         weight = (upstream[i] + upstream[j]) / (n * degree[i])
@@ -128,8 +131,8 @@ class _SparseContextualLoss(torch.autograd.Function):
 
         by_opinion = reciprocal @ by_context
         by_reciprocal = by_context @ opinion.transposed()
-        common = reciprocal.with_values(by_reciprocal.at(reciprocal.rows, reciprocal.cols))
-        common = common.row_sums() / degree
+        of_friends = reciprocal.with_values(by_reciprocal.at(reciprocal.rows, reciprocal.cols))
+        common = of_friends.row_sums() / degree
         i, j = nearest.rows, nearest.cols
         by_nearest = nearest.with_values(
             by_reciprocal.at(i, j) - common[i] + by_reciprocal.at(j, i) - common[j]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, relu
+from torch.nn.functional import normalize
 
 from ._precision import full_precision
 from ._sparse import Sparse, same_class
@@ -20,11 +20,11 @@ def sparse_contrastive_loss(
     r"""As :func:`contrastive_loss` over all pairs of a batch, for batches in which classes are
     small.
 
-    Positive pairs are listed. The similarities of the others are worked out a few rows at a time,
-    and again in backward, where both rows of a pair are served at once: with the share
-    :math:`g_i / n` of row i in what comes from above of n active pairs,
+    The similarities are worked out a few rows at a time, and again in backward, where both samples
+    of a pair are served at once. With :math:`g_i` from above, and :math:`n^-` active pairs, the
+    negative part is
 
-    .. math:: \hat x_i = \frac1n \sum_{j:\, s_{ij} > m^-} (g_i + g_j)\,x_j
+    .. math:: \hat x_i = \frac{N}{n^-} \sum_{j:\, y_j \ne y_i,\, s_{ij} > m^-} (g_i + g_j)\,x_j
 
     It cannot be differentiated twice.
 
@@ -44,28 +44,31 @@ def sparse_contrastive_loss(
         >>> sparse_contrastive_loss(x, torch.tensor([0, 0]))
         tensor([0.7500, 0.7500])
     """
-    unit, n = normalize(embeddings), len(embeddings)
-    pairs = same_class(torch.unique(labels, return_inverse=True)[1], unit.new_ones(()))
-    i, j = pairs.rows, pairs.cols
-    excess = relu(pos_margin - (unit[i] * unit[j]).sum(1)).masked_fill(i == j, 0)
-    num_active = (excess > 0).to(excess.dtype).sum()
-    positive = pairs.with_values(excess).row_sums() * (n / num_active.clamp_min(1))
-    negative: Tensor = _NegativePairs.apply(unit, pairs, neg_margin)  # type: ignore[no-untyped-call]
-    return positive + negative
+    if len(embeddings) == 0:
+        return embeddings.sum(1)
+    unit = normalize(embeddings)
+    same = same_class(torch.unique(labels, return_inverse=True)[1], unit.new_ones(()))
+    losses: Tensor = _AllPairs.apply(unit, same, pos_margin, neg_margin)  # type: ignore[no-untyped-call]
+    return losses
 
 
-class _NegativePairs(torch.autograd.Function):
+class _AllPairs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, unit: Tensor, same: Sparse, margin: float) -> Tensor:
-        sums, num_active = unit.new_empty(len(unit)), unit.new_zeros(())
+    def forward(
+        ctx: Any, unit: Tensor, same: Sparse, pos_margin: float, neg_margin: float
+    ) -> Tensor:
+        positive_sums, negative_sums = unit.new_zeros(2, len(unit))
+        active = unit.new_zeros(2)
         for rows in blocks(len(unit), len(unit), unit.device):
-            excess = _excess(unit, same, rows, margin).relu_()
-            sums[rows] = excess.sum(1)
-            num_active += excess.count_nonzero()
-        share = len(unit) / num_active.clamp_min_(1)
-        ctx.save_for_backward(unit, share)
-        ctx.same, ctx.margin = same, margin
-        return sums * share
+            i, _, positive, negative = _excess(unit, same, rows, pos_margin, neg_margin)
+            positive_sums.index_add_(0, rows[i], positive)
+            negative_sums[rows] = negative.sum(1)
+            active += torch.stack([positive.count_nonzero(), negative.count_nonzero()])
+        shares = len(unit) / active.clamp_min_(1)
+        ctx.save_for_backward(unit, shares, same.rows, same.cols, same.values)
+        ctx.margins = pos_margin, neg_margin
+        losses: Tensor = positive_sums * shares[0] + negative_sums * shares[1]
+        return losses
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -73,19 +76,26 @@ class _NegativePairs(torch.autograd.Function):
             raise RuntimeError(
                 "sparse_contrastive_loss cannot be differentiated twice: use contrastive_loss"
             )
-        unit, share = ctx.saved_tensors
-        upstream = upstream * share
+        unit, shares, i, j, ones = ctx.saved_tensors
+        same = Sparse(i, j, ones, len(unit))
         by_unit = torch.empty_like(unit)
         for rows in blocks(len(unit), len(unit), unit.device):
-            active = _excess(unit, ctx.same, rows, ctx.margin) > 0
-            by_pairs = (upstream[rows, None] + upstream).masked_fill_(~active, 0)
+            i, j, positive, negative = _excess(unit, same, rows, *ctx.margins)
+            by_pairs = (upstream[rows, None] + upstream).mul_(shares[1])
+            by_pairs.masked_fill_(negative <= 0, 0)
+            of_both = upstream[rows[i]] + upstream[j]
+            by_pairs[i, j] = -shares[0] * of_both * (positive > 0)
             by_unit[rows] = by_pairs @ unit
-        return by_unit, None, None
+        return by_unit, None, None, None
 
 
-def _excess(unit: Tensor, same: Sparse, rows: Tensor, margin: float) -> Tensor:
-    """(B, N): how far similarities lie above the margin; below it, for pairs of one class."""
-    excess = (unit[rows] @ unit.T).sub_(margin)
+def _excess(
+    unit: Tensor, same: Sparse, rows: Tensor, pos_margin: float, neg_margin: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows (the first of them is 0) and columns of the pairs of one class, and how far each lies
+    below its margin; (B, N) how far the other pairs lie above theirs."""
+    similarities = unit[rows] @ unit.T
     i, j, _ = same.entries_of(rows)
-    excess[i, j] = -1
-    return excess
+    positive = (pos_margin - similarities[i, j]).relu_().masked_fill_(rows[i] == j, 0)
+    similarities[i, j] = -2  # below any margin
+    return i, j, positive, similarities.sub_(neg_margin).relu_()

@@ -32,7 +32,8 @@ class ContextualKNN:
         distance_weight: w in [0, 1]. With 1, the order is by distance alone.
 
     Raises:
-        ValueError: for a setting out of range, or a call without references.
+        ValueError: for a setting out of range, a call without references, or rows that are not
+            finite.
 
     Source: ours, in the place of k-reciprocal re-ranking (Zhong et al. 2017, arXiv 1701.08398), on
     the contextual similarity of arXiv 2210.01908.
@@ -78,6 +79,7 @@ class ContextualKNN:
         Returns:
             (Q, k) distances in [0, 1], ascending, and (Q, k) int64 indices of references.
         """
+        check_finite(query=query, reference=reference)
         k += ref_includes_query
         graph = self.graph
         if reference is not None:
@@ -94,6 +96,7 @@ class ContextualKNN:
 
     def train(self, embeddings: Tensor) -> None:
         """Take these references, (R, D), instead of those before."""
+        check_finite(embeddings=embeddings)
         self.graph = reference_graph(embeddings, self.num_neighbors)
 
     def add(self, embeddings: Tensor) -> None:
@@ -120,3 +123,15 @@ class ContextualKNN:
             f"{type(self).__name__}(num_neighbors={self.num_neighbors},"
             f" num_candidates={self.num_candidates}, distance_weight={self.distance_weight})"
         )
+
+
+def check_finite(**rows: Tensor | None) -> None:
+    """Check that these are rows of finite numbers, at least one of references."""
+    for name, x in rows.items():
+        if x is None:
+            continue
+        if len(x) == 0 and name != "query":
+            raise ValueError(f"{name} must have a row at least, got {tuple(x.shape)}")
+        wrong = (~x.isfinite().all(1)).nonzero()
+        if len(wrong) > 0:
+            raise ValueError(f"{name} must be finite, and row {int(wrong[0])} is not")

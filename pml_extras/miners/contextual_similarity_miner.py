@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from pytorch_metric_learning.distances import CosineSimilarity
 from pytorch_metric_learning.miners import BaseMiner
 from torch import Tensor
@@ -74,9 +73,6 @@ class ContextualSimilarityMiner(ShowsSettings, BaseMiner):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if ref_labels is None:
             raise ValueError("ref_labels are required with ref_emb")
-        if len(embeddings) == 0 or len(ref_emb) == 0:
-            none = torch.empty(0, dtype=torch.long, device=embeddings.device)
-            return none, none.clone(), none.clone(), none.clone()
         within = ref_emb is embeddings and ref_labels is labels
         return contextual_pairs(
             embeddings,

@@ -148,3 +148,15 @@ def test_two_halves_of_the_classes_make_the_whole(inputs):
         results.append((total, own, *grads))
     for actual, expected in zip(*results, strict=True):
         assert torch.allclose(actual, expected)
+
+
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_second_derivatives_of_either_alone(inputs, wanted):
+    x, c, labels = inputs
+    alone = [t if i == wanted else t.detach() for i, t in enumerate((x, c))]
+    results = []
+    for given in (alone, (x, c)):
+        total, own = negative_logsumexp(*given, labels, 3.0)
+        (first,) = torch.autograd.grad((total * own).sum(), given[wanted], create_graph=True)
+        results.append(torch.autograd.grad(first.square().sum(), given[wanted])[0])
+    assert torch.allclose(*results)

@@ -81,3 +81,21 @@ def test_it_pays_where_neighbourhoods_and_classes_are_small():
     assert not sparse_pays(x, labels % 3)  # large classes
     assert not sparse_pays(x, labels, slack=1.5)  # large neighbourhoods
     assert not sparse_pays(torch.ones_like(x), labels)  # all equal
+
+
+def test_nothing_comes_of_nothing():
+    x, labels = torch.empty(0, 3, requires_grad=True), torch.empty(0).long()
+    assert not sparse_pays(x, labels)
+    for function in (
+        lambda: sparse_contextual_loss(x, labels),
+        lambda: contextual_loss(pairwise_cosine(x), labels),
+    ):
+        assert function().shape == (0,)
+
+
+def test_backward_frees_what_forward_kept():
+    x, labels = clustered(4, 4, 5)
+    loss = sparse_contextual_loss(x.requires_grad_(), labels).sum()
+    loss.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()

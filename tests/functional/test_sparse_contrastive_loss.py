@@ -51,3 +51,18 @@ def test_it_cannot_be_differentiated_twice(batch):
     x, labels = batch
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         torch.autograd.grad(sparse_contrastive_loss(x, labels).sum(), x, create_graph=True)
+
+
+def test_large_classes_take_no_more_memory_than_their_pairs(batch):
+    x = torch.randn(60, 1000, dtype=torch.float64, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append(t.numel()) or t, lambda t: t
+    ):
+        sparse_contrastive_loss(x, torch.zeros(60).long())
+    assert max(saved) == x.numel()
+
+
+def test_nothing_comes_of_nothing():
+    x = torch.empty(0, 3, requires_grad=True)
+    assert sparse_contrastive_loss(x, torch.empty(0).long()).shape == (0,)

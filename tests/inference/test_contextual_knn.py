@@ -100,3 +100,22 @@ def test_settings(setting, value):
     assert repr(ContextualKNN(7, 50, 0.5)) == (
         "ContextualKNN(num_neighbors=7, num_candidates=50, distance_weight=0.5)"
     )
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_rows_that_are_not_finite_are_refused(bad):
+    x = torch.randn(50, 4)
+    broken = x.clone()
+    broken[3, 1] = bad
+    for query, reference, name in ((broken, x, "query"), (x, broken, "reference")):
+        with pytest.raises(ValueError, match=f"{name} must be finite, and row 3 is not"):
+            ContextualKNN()(query, 5, reference)
+    with pytest.raises(ValueError, match="must have a row at least"):
+        ContextualKNN()(x, 5, x[:0])
+
+
+def test_float64():
+    x = torch.randn(50, 4, dtype=torch.float64)
+    distances, _ = ContextualKNN(5)(x, 5, x, True)
+    expected = ContextualKNN(5)(x.float(), 5, x.float(), True)
+    assert torch.allclose(distances, expected[0].double(), atol=1e-6)
