@@ -19,21 +19,14 @@ class Sparse(NamedTuple):
     n: int
 
     def __matmul__(self, other: Sparse) -> Sparse:
-        product = _csr(self) @ _csr(other)
-        per_row = product.crow_indices().diff()
-        rows = torch.arange(self.n, device=per_row.device).repeat_interleave(per_row)
-        # The columns of a product come in any order.
-        return _ordered(rows, product.col_indices(), product.values(), self.n)
+        return _from_csr(_csr(self) @ _csr(other))
 
     def times_dense(self, dense: Tensor) -> Tensor:
         product: Tensor = _csr(self) @ dense
         return product
 
     def plus(self, other: Sparse) -> Sparse:
-        total = _csr(self) + _csr(other)
-        per_row = total.crow_indices().diff()
-        rows = torch.arange(self.n, device=per_row.device).repeat_interleave(per_row)
-        return _ordered(rows, total.col_indices(), total.values(), self.n)
+        return _from_csr(_csr(self) + _csr(other))
 
     def transposed(self) -> Sparse:
         return _ordered(self.cols, self.rows, self.values, self.n)
@@ -93,6 +86,13 @@ def _csr(matrix: Sparse) -> Tensor:
         (matrix.n, matrix.n),
         check_invariants=False,
     )
+
+
+def _from_csr(matrix: Tensor) -> Sparse:
+    per_row = matrix.crow_indices().diff()
+    rows = torch.arange(len(per_row), device=per_row.device).repeat_interleave(per_row)
+    # The columns of a product come in any order.
+    return _ordered(rows, matrix.col_indices(), matrix.values(), len(per_row))
 
 
 @functools.cache

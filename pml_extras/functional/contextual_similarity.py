@@ -136,11 +136,8 @@ class _WithinBatch(torch.autograd.Function):
     def forward(ctx: Any, distances: Tensor, num_neighbors: int, slack: float) -> Tensor:
         n = len(distances)
         k = min(num_neighbors, n)
-        distances = distances.clone()
-        distances.diagonal().copy_(distances.amin(1))  # see _nearest_to_itself
-        radii = distances.topk(k, dim=1, largest=False).values + slack
-        near = (distances <= radii[:, -1:]).to(distances.dtype)
-        nearest = (distances <= radii[:, max(k // 2, 1) - 1, None]).to(distances.dtype)
+        rows = torch.arange(n, device=distances.device)
+        near, nearest = (m.to(distances.dtype) for m in neighborhoods(distances, rows, k, slack))
 
         members = near.sum(1, keepdim=True)
         strangers = n - members
@@ -176,6 +173,15 @@ class _WithinBatch(torch.autograd.Function):
         by_near = by_opinion.mul_(agreement).addmm_(by_shared + by_shared.T, near)
         by_distance = by_near.add_(by_nearest).sub_(constant[:, None]).mul_(-STEP_SLOPE)
         return by_distance.fill_diagonal_(0), None, None
+
+
+def neighborhoods(distances: Tensor, rows: Tensor, k: int, slack: float) -> tuple[Tensor, Tensor]:
+    """(B, N) bool, twice: what lies in the rows' neighbourhoods, of k and of k // 2."""
+    # Rounding, and dot products, can put others before the sample itself: forbid it.
+    own = rows[:, None]
+    distances = distances.scatter(1, own, distances.amin(1, keepdim=True))
+    nearest = distances.topk(k, dim=1, largest=False).values + slack
+    return distances <= nearest[:, -1:], distances <= nearest[:, None, max(k // 2, 1) - 1]
 
 
 def neighborhood_mask(distances: Tensor, num_neighbors: int, slack: float) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._sparse import Sparse
+from .contextual_similarity import neighborhoods
 
 # How many distances to look at in one go.
 BLOCK = 1 << 21
@@ -56,7 +57,7 @@ def sparse_context(
     found = Growing(2 * k * n, device)
     for rows in blocks(n, n, device):
         block = distances(rows)
-        is_near, is_nearest = _neighborhoods(block, rows, k, slack)
+        is_near, is_nearest = neighborhoods(block, rows, k, slack)
         row, col = is_near.nonzero(as_tuple=True)
         found.append((rows[row] * n + col) * 2 + is_nearest[row, col])
     keys, is_nearest = found.numbers() // 2, found.numbers() % 2 == 1
@@ -88,7 +89,7 @@ def neighborhood_size(
     if n < smallest or not (device.type == "cuda" or has_mkl):
         return n
     rows = torch.arange(0, n, n // 16, device=device)
-    is_near, _ = _neighborhoods(distances(rows), rows, k, slack)
+    is_near, _ = neighborhoods(distances(rows), rows, k, slack)
     return float(is_near.sum()) / len(rows)
 
 
@@ -130,11 +131,3 @@ def agreement(shared: Sparse, members: Tensor, rows: Tensor, cols: Tensor) -> Te
 
 def strangers(members: Tensor) -> Tensor:
     return (len(members) - members).clamp_min(1)
-
-
-def _neighborhoods(distances: Tensor, rows: Tensor, k: int, slack: float) -> tuple[Tensor, Tensor]:
-    """(B, N) bool, twice: what lies in the rows' neighbourhoods, of k and of k // 2."""
-    own = rows[:, None]
-    distances = distances.scatter(1, own, distances.amin(1, keepdim=True))
-    nearest = distances.topk(k, dim=1, largest=False).values + slack
-    return distances <= nearest[:, -1:], distances <= nearest[:, None, max(k // 2, 1) - 1]
