@@ -50,15 +50,17 @@ def center_contrastive_loss(embeddings: Tensor, centers: Tensor, labels: Tensor)
     return cross_entropy(logits, labels) + 1.5 * (2 - 2 * own).mean()
 
 
-def listwise_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """One sample at a time, as the authors loop it."""
+def listwise_kl(student: Tensor, teacher: Tensor, labels: np.ndarray) -> Tensor:
+    """One sample at a time, as the authors loop it. They take the similarities to its own class and
+    to the others apart and put them end to end, which changes no divergence."""
     f, g = normalize(student), normalize(teacher)
-    total = torch.zeros(())
+    of_student, of_teacher = f @ f.T, g @ g.T
+    divergences = []
     for i in range(len(f)):
-        q = (f @ f[i]).log_softmax(0)
-        p = (g @ g[i]).softmax(0)
-        total = total + kl_div(q, p, reduction="sum")
-    return total / len(f)
+        same = labels == labels[i]
+        q, p = (torch.cat([s[i][same], s[i][~same]])[None] for s in (of_student, of_teacher))
+        divergences.append(kl_div(q.log_softmax(1), p.softmax(1), reduction="batchmean"))
+    return torch.stack(divergences).mean()
 
 
 def k_reciprocal_rerank(

@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, softplus
+from torch.nn.functional import softplus
 
 from ._precision import full_precision
+from .cosine import unit_rows
 from .negative_logsumexp import negative_logsumexp
 
 
@@ -72,7 +73,7 @@ def sum_seen_cosines(
     embeddings: Tensor, centers: Tensor, labels: Tensor, seen: Tensor | None
 ) -> SeenCosines:
     """Sum up the classes that ``seen``, (C,) bool, marks: all, if it is None."""
-    x, c = normalize(embeddings), normalize(centers)
+    x, c = unit_rows(embeddings), unit_rows(centers)
     if seen is None:
         seen = torch.ones(len(c), dtype=torch.bool, device=c.device)
     return SeenCosines(x @ (c * seen[:, None]).sum(0), seen.sum(), seen[labels])
@@ -100,4 +101,4 @@ def losses_from_sums(
         sum_logits = sum_logits + torch.where(seen_cosines.own, -scale * margin, own_logit)
         mean_logit = sum_logits / (seen_cosines.number + ~seen_cosines.own)
         losses = losses + label_smoothing * (own_logit - mean_logit)
-    return losses + center_weight * (2 - 2 * own)
+    return losses.add(1 - own, alpha=2 * center_weight)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._precision import full_precision
-from .cosine import pairwise_cosine
+from .cosine import gram, unit_rows
 
 
 @full_precision
@@ -40,11 +40,10 @@ def listwise_kl(
     """
 
     def logits(embeddings: Tensor) -> Tensor:
-        # In place, here and below: at these sizes new memory costs more than the arithmetic.
-        similarities = pairwise_cosine(embeddings).div_(temperature)
+        scaled = gram(unit_rows(embeddings) / temperature**0.5)
         if not include_self:
-            similarities.fill_diagonal_(torch.finfo(similarities.dtype).min)
-        return similarities
+            scaled.fill_diagonal_(torch.finfo(scaled.dtype).min)
+        return scaled
 
     log_p = logits(teacher.detach()).log_softmax(1)
     divergences, _ = _KLDivergence.apply(logits(student), log_p)  # type: ignore[no-untyped-call]
@@ -62,10 +61,11 @@ class _KLDivergence(torch.autograd.Function):
         log_q = logits.log_softmax(1)
         p, log_ratio = log_p.exp(), log_q - log_p
         # Q - P, without cancellation where they are near, and without overflow where they are not.
-        difference = (log_q.exp_() + p).mul_((log_ratio / 2).tanh_())
+        # In place, because at these sizes new memory costs more than the arithmetic.
+        difference = log_q.exp_().add_(p).mul_((log_ratio / 2).tanh_())
         # Q - P sums to nothing, so its presence changes no divergence; but with it each term is
         # non-negative, and rounding cannot make the divergence of near-equal lists negative.
-        return (difference - log_ratio.mul_(p)).sum(1), difference
+        return log_ratio.mul_(p).sub_(difference).sum(1).neg_(), difference
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:

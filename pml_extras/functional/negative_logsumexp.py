@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+
+from .cosine import through_norm, unit_and_norms, unit_rows
 
 # Up to this many logits, the fewer steps are the faster ones.
 FEW = 1 << 16
@@ -14,7 +15,6 @@ FEW = 1 << 16
 CHUNK = 1 << 21
 # How many exponentials forward leaves to backward, which has to work out the others again.
 KEPT = 1 << 24
-SMALLEST_NORM = 1e-12  # as in torch.nn.functional.normalize
 
 
 def negative_logsumexp(
@@ -42,7 +42,7 @@ def negative_logsumexp(
             labels: none is left out for them, and their own cosine is 0.
 
     Returns:
-        (N,) and (N,). Without another class, the first is the type's lowest number.
+        (N,) and (N,). Without another class, the first is lower than any logit can be.
 
     Example:
         >>> import torch
@@ -64,16 +64,15 @@ class _NegativeLogSumExp(torch.autograd.Function):
         ctx: Any, embeddings: Tensor, centers: Tensor, labels: Tensor, scale: float,
         seen: Tensor | None, held: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        unit, norms = _normalized(embeddings)
+        unit, norms = unit_and_norms(embeddings)
         largest = unit.new_full((len(unit), 1), torch.finfo(unit.dtype).min)
         sums = own = torch.zeros_like(largest)
         mean_center = torch.zeros_like(unit) if ctx.needs_input_grad[0] else None
         kept, room = [], KEPT if ctx.needs_input_grad[1] else 0
         for classes in _chunks(unit, centers):
-            chunk, chunk_norms = _normalized(centers[classes])
-            logits, own_logits, inside = _negative_logits(
-                unit, chunk, labels, scale, seen, held, classes
-            )
+            chunk, chunk_norms = unit_and_norms(centers[classes])
+            logits = (scale * unit) @ chunk.T
+            own_logits, inside = _leave_out_(logits, labels, seen, held, classes)
             own = torch.where(inside, own_logits, own)
             before, largest = largest, torch.maximum(largest, logits.amax(1, keepdim=True))
             shrink = (before - largest).exp_()
@@ -110,9 +109,9 @@ class _NegativeLogSumExp(torch.autograd.Function):
         if held is not None:
             by_own = by_own * held[:, None]
         if mean_center is not None:
-            own, _ = _normalized(centers.index_select(0, labels))
+            own, _ = unit_and_norms(centers.index_select(0, labels))
             by_unit = own.mul_(by_own).addcmul_(by_total, mean_center)
-            by_embeddings = _through_norm_(by_unit, unit, norms)
+            by_embeddings = through_norm(by_unit, unit, norms, out=by_unit)
         if ctx.needs_input_grad[1]:
             by_centers = torch.zeros_like(centers).index_add_(0, labels, by_own * unit)
             for classes in _chunks(unit, centers):
@@ -120,13 +119,12 @@ class _NegativeLogSumExp(torch.autograd.Function):
                     softmax, shift, chunk, chunk_norms, *kept = kept
                     weight = by_total * (shift - total).exp_()
                 else:
-                    chunk, chunk_norms = _normalized(centers[classes])
-                    logits, _, _ = _negative_logits(
-                        unit, chunk, labels, ctx.scale, seen, held, classes
-                    )
+                    chunk, chunk_norms = unit_and_norms(centers[classes])
+                    logits = (ctx.scale * unit) @ chunk.T
+                    _leave_out_(logits, labels, seen, held, classes)
                     softmax, weight = logits.sub_(total).exp_(), by_total
                 by_chunk = by_centers[classes].addmm_(softmax.T, weight * unit)
-                _through_norm_(by_chunk, chunk, chunk_norms)
+                through_norm(by_chunk, chunk, chunk_norms, out=by_chunk)
         return by_embeddings, by_centers, None, None, None, None
 
 
@@ -139,16 +137,60 @@ def _plainly(
     held: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """All logits at once, in operations that torch can differentiate twice and vectorise."""
-    cosines = normalize(embeddings) @ normalize(centers).T
-    own = cosines.gather(1, labels[:, None])
-    lowest = torch.finfo(cosines.dtype).min
-    logits = (scale * cosines).scatter(1, labels[:, None], lowest)
-    if held is not None:
-        logits = logits.where(held[:, None], scale * cosines)
-        own = own * held[:, None]
-    if seen is not None:
-        logits = logits.masked_fill(~seen, lowest)
-    return logits.logsumexp(1), own.squeeze(1)
+    cosines = unit_rows(embeddings) @ unit_rows(centers).T
+    total, own, _ = _AllClasses.apply(  # type: ignore[no-untyped-call]
+        cosines, labels, scale, seen, held
+    )
+    return total, own
+
+
+class _AllClasses(torch.autograd.Function):
+    """From all cosines, the two that are asked for and the softmax over all classes but one's own,
+    which is the first one's derivative."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        cosines: Tensor, labels: Tensor, scale: float, seen: Tensor | None, held: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        column = labels.unsqueeze(1)
+        own = cosines.gather(1, column)
+        # Low enough to be nothing beside any logit, and finite: where there is no other class, -inf
+        # would give NaN.
+        lowest = torch.finfo(cosines.dtype).min / (2 * max(scale, 1.0))
+        others = cosines.scatter(1, column, lowest)
+        if held is not None:
+            others = others.where(held.unsqueeze(1), cosines)
+            own = own * held.unsqueeze(1)
+        if seen is not None:
+            others.masked_fill_(~seen, lowest)
+        softmax = others.mul_(scale).softmax(1)
+        total = others.amax(1) - softmax.amax(1).log_()
+        return total, own.squeeze(1), softmax
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+        _, labels, ctx.scale, _, held = inputs
+        ctx.save_for_backward(labels, held, outputs[2])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(
+        ctx: Any, by_total: Tensor | None, by_own: Tensor | None, by_softmax: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        labels, held, softmax = ctx.saved_tensors
+        if by_total is None:
+            found = torch.zeros_like(softmax)
+        else:
+            found = (ctx.scale * by_total).unsqueeze(1) * softmax
+        if by_softmax is not None:  # from the line above, differentiated in its turn
+            mean = (softmax * by_softmax).sum(1, keepdim=True)
+            found = found + ctx.scale * softmax * (by_softmax - mean)
+        if by_own is not None:
+            by_own = by_own if held is None else by_own * held
+            found.scatter_add_(1, labels.unsqueeze(1), by_own.unsqueeze(1))
+        return found, None, None, None, None
 
 
 def _chunks(unit: Tensor, centers: Tensor) -> list[slice]:
@@ -156,38 +198,20 @@ def _chunks(unit: Tensor, centers: Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, len(centers), size)]
 
 
-def _normalized(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    norms = vectors.norm(dim=1, keepdim=True).clamp_min(SMALLEST_NORM)
-    return vectors / norms, norms
-
-
-def _through_norm_(gradient: Tensor, unit: Tensor, norms: Tensor) -> Tensor:
-    """The gradient with respect to vectors, in the place of that to their directions."""
-    along = (gradient * unit).sum(1, keepdim=True)
-    return gradient.addcmul_(along, unit, value=-1).div_(norms)
-
-
-def _negative_logits(
-    unit: Tensor,
-    chunk: Tensor,
-    labels: Tensor,
-    scale: float,
-    seen: Tensor | None,
-    held: Tensor | None,
-    classes: slice,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(N, chunk) logits, with the lowest number for the own class and for classes not seen; (N, 1)
-    those of the own class, and whether it is in the chunk."""
+def _leave_out_(
+    logits: Tensor, labels: Tensor, seen: Tensor | None, held: Tensor | None, classes: slice
+) -> tuple[Tensor, Tensor]:
+    """Put the lowest number in the place of the own class and of classes not seen. Returns, (N, 1),
+    what the own class had there, and whether it is one of these classes."""
     # The lowest number rather than -inf, of which NaN would come where there is no other class.
-    lowest = torch.finfo(unit.dtype).min
-    logits = (scale * unit) @ chunk.T
+    lowest = torch.finfo(logits.dtype).min
     column = (labels - classes.start)[:, None]
-    inside = (column >= 0) & (column < len(chunk))
+    inside = (column >= 0) & (column < logits.shape[1])
     if held is not None:
         inside = inside & held[:, None]
-    column = column.clamp(0, len(chunk) - 1)
-    own_logits = logits.gather(1, column)
-    logits.scatter_(1, column, torch.where(inside, lowest, own_logits))
+    column = column.clamp(0, logits.shape[1] - 1)
+    own = logits.gather(1, column)
+    logits.scatter_(1, column, torch.where(inside, lowest, own))
     if seen is not None:
         logits.masked_fill_(~seen[classes], lowest)
-    return logits, own_logits, inside
+    return own, inside

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from ._precision import full_precision
 from ._sparse import same_class
 from .contextual_similarity import STEP_SLOPE
+from .cosine import unit_rows
 from .sparse_context import (
     SPARSITY,
     Distances,
@@ -68,7 +68,7 @@ def sparse_contextual_loss(
     """
     if len(embeddings) == 0:
         return embeddings.sum(1)
-    unit = normalize(embeddings)
+    unit = unit_rows(embeddings)
     losses: Tensor = _SparseContextualLoss.apply(unit, labels, num_neighbors, slack)  # type: ignore[no-untyped-call]
     return losses
 
@@ -85,7 +85,7 @@ def sparse_pays(
     no word from the host.
     """
     n = len(embeddings)
-    distances = _squared_distances(normalize(embeddings))
+    distances = _squared_distances(unit_rows(embeddings))
     per_row = neighborhood_size(distances, n, min(num_neighbors, n), slack, embeddings.device)
     if per_row * SPARSITY >= n:
         return False

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from ._precision import full_precision
 from ._sparse import Sparse, same_class
+from .cosine import unit_rows
 from .sparse_context import blocks
 
 
@@ -46,7 +46,7 @@ def sparse_contrastive_loss(
     """
     if len(embeddings) == 0:
         return embeddings.sum(1)
-    unit = normalize(embeddings)
+    unit = unit_rows(embeddings)
     same = same_class(torch.unique(labels, return_inverse=True)[1], unit.new_ones(()))
     losses: Tensor = _AllPairs.apply(unit, same, pos_margin, neg_margin)  # type: ignore[no-untyped-call]
     return losses
