@@ -20,6 +20,8 @@ from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from pml_extras.inference import LabelTrust
+
 RIGHT, WRONG, INK, MUTED = "#2a9d4a", "#d1343f", "#222222", "#777777"
 METRICS = {
     "precision_at_1": "precision@1",
@@ -100,6 +102,37 @@ def retrieval_board(
                     right = images.labels[index] == images.labels[query]
                     _tile(axes, images, index, x + column, row, RIGHT if right else WRONG)
         axes.set(xlim=(-0.1, width + 0.1), ylim=(len(queries) + 0.1, -1))
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def label_board(path: Path, images: Images, trust: LabelTrust, rows: int = 8, k: int = 5) -> None:
+    """The most distrusted images, each with images of the class that its label says, and of the one
+    that its neighbours say."""
+    suspects = trust.distrusted()[:rows].tolist()
+    order = trust.support.argsort(descending=True)  # the surest of each class first
+    told = trust.labels[order]
+    blocks = [(1.4, "as labelled", trust.labels), (1.8 + k, "as the neighbours say", trust.winner)]
+    width = 1.8 + 2 * k
+    with plt.rc_context(STYLE):
+        figure = plt.figure(figsize=(0.8 * width, 0.8 * (1.25 * len(suspects) + 1.1)))
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.set_axis_off()
+        axes.text(0.05, -0.6, "Training images whose labels are distrusted most"
+                  if suspects else "No label is distrusted", color=MUTED)  # fmt: skip
+        for x, title, _ in blocks if suspects else ():
+            axes.text(x + 0.05, -0.15, title, weight="bold", size=11)
+        for row, suspect in enumerate(suspects):
+            y = 1.25 * row
+            _tile(axes, images, suspect, 0, y, WRONG)
+            axes.text(0.05, y + 1.12, f"image {suspect}", size=8, color=MUTED)
+            for x, _, labels in blocks:
+                label = int(labels[suspect])
+                axes.text(x + 0.05, y + 1.12, _short(images.names[label], 40), size=8, color=MUTED)
+                examples = [i for i in order[told == label].tolist() if i != suspect][:k]
+                for column, index in enumerate(examples):
+                    _tile(axes, images, index, x + column, y, None)
+        axes.set(xlim=(-0.1, width + 0.1), ylim=(1.25 * len(suspects) + 0.1, -1))
         figure.savefig(path)
         plt.close(figure)
 

@@ -4,6 +4,7 @@
     python examples/train.py                                     # under a minute, needs no files
     python examples/train.py --loss center_contrastive --dataset cub --data-root DIR --download
     python examples/train.py --loss triplet --miner contextual --interfere --distill ema
+    python examples/train.py --loss contrastive --label-noise 0.2 --check-labels
 
 The trainer, the sampler, the tester and the logging are PML's own; a method of pml_extras goes
 where a loss or a miner of PML would go. Accuracy is measured on classes that training never sees:
@@ -58,6 +59,7 @@ from torch import Tensor, nn
 
 import pml_extras
 from pml_extras.distillation import EMATeacher, SelfDistillation, SnapshotTeacher
+from pml_extras.inference import LabelTrust
 from pml_extras.losses import CenterContrastiveLoss, ContextualLoss
 from pml_extras.miners import ContextualSimilarityMiner
 from pml_extras.regularizers import ClassInterferenceRegularizer
@@ -117,7 +119,9 @@ def run(args: argparse.Namespace) -> None:
     train_set, val_set = datasets.hold_out(data.train)
     num_classes = len(data.train.names)
     train_set = replace(train_set, flip=data.mirrored)
+    true_labels = train_set.labels
     train_set = datasets.with_label_noise(train_set, args.label_noise, args.seed)
+    trust = LabelTrust(train_set.labels) if args.check_labels else None
     batch_size, samples_per_class = pick_batch(args, train_set)
     config = {**describe(args), "batch_size": batch_size, "samples_per_class": samples_per_class}
     saved = checkpoint.load(out / "checkpoint.pt") if resuming else None
@@ -186,6 +190,7 @@ def run(args: argparse.Namespace) -> None:
         "history": [{"epoch": 0, **untrained}],
         "best": None,
         "seconds": 0.0,
+        "trust": None,
     }
     trainer = MetricLossOnly(
         models,
@@ -202,6 +207,8 @@ def run(args: argparse.Namespace) -> None:
         state = {key: saved[key] for key in state}
         state["config"] = config
         checkpoint.restore_trainer(trainer, saved)
+        if trust and state["trust"]:
+            trust.load_state_dict(state["trust"])
         iterations = len(sampler) // batch_size * state["epoch"]
         forget_after(out / "logs", state["epoch"], iterations)
         print(f"going on after epoch {state['epoch']}")
@@ -245,6 +252,7 @@ def run(args: argparse.Namespace) -> None:
             weights = {name: cpu_copy(model.state_dict()) for name, model in models.items()}
             state["best"] = {**row, "models": weights}
         state.update(epoch=trainer.epoch, seconds=time.perf_counter() - started)
+        state["trust"] = trust.state_dict() if trust else None
         state["history"].append(row)
         checkpoint.save(out / "checkpoint.pt", {**state, **checkpoint.trainer_state(trainer)})
         tqdm.tqdm.write(f"epoch {row['epoch']:>3}   loss {row['loss']:8.4f}   "
@@ -253,10 +261,14 @@ def run(args: argparse.Namespace) -> None:
         return keep_going
 
     trainer.end_of_iteration_hook = end_of_iteration
-    # A teacher needs to know when an epoch is over; it then calls the hook it is given.
-    trainer.end_of_epoch_hook = (
-        loss.end_of_epoch_hook(end_of_epoch) if args.distill else end_of_epoch
-    )
+    # A report on labels, and a teacher, need to know when an epoch is over; each calls the hook it
+    # is given.
+    hook = end_of_epoch
+    if trust:
+        hook = trust.end_of_epoch_hook(tester, replace(train_set, flip=False), hook)
+    if args.distill:
+        hook = loss.end_of_epoch_hook(hook)
+    trainer.end_of_epoch_hook = hook
     trainer.train(start_epoch=state["epoch"] + 1, num_epochs=args.epochs)
     tensorboard.close()
 
@@ -273,6 +285,11 @@ def run(args: argparse.Namespace) -> None:
     views = (data.test, embeddings_before, embeddings_after, args.seed)
     figures.retrieval_board(pictures["retrieval"], *views)
     figures.embedding_map(pictures["map"], *views)
+    if trust:
+        files = None if isinstance(train_set.source, Tensor) else list(map(str, train_set.source))
+        trust.write_csv(out / "labels.csv", train_set.names, files)
+        pictures["labels"] = out / "labels.png"
+        figures.label_board(pictures["labels"], train_set, trust)
     results = {
         "config": {**config, "epochs": args.epochs, "device": str(device)},
         "before": before,
@@ -288,6 +305,8 @@ def run(args: argparse.Namespace) -> None:
         },
         "figures": {name: str(path) for name, path in pictures.items()},
     }
+    if trust:
+        results["labels"] = judge(trust, true_labels)
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
 
     print(f"\n{len(data.test.names)} unseen classes, {len(data.test)} images: "
@@ -295,6 +314,12 @@ def run(args: argparse.Namespace) -> None:
           f"  {'':14}{'before':>8}{'after':>8}{'change':>9}")  # fmt: skip
     for key, label in figures.METRICS.items():
         print(f"  {label:14}{before[key]:8.3f}{after[key]:8.3f}{after[key] - before[key]:+9.3f}")
+    if trust:
+        print(f"\n{results['labels']['distrusted']} of {len(train_set)} training labels are "
+              f"distrusted: {out / 'labels.csv'}")  # fmt: skip
+        if args.label_noise:
+            print("precision {precision:.3f}, recall {recall:.3f}: of them that are wrong, and of "
+                  "the wrong ones that are found".format(**results["labels"]))  # fmt: skip
     print(f"\nnumbers    {out / 'results.json'}")
     for name, path in pictures.items():
         print(f"{name:10} {path}")
@@ -307,6 +332,18 @@ def measure(
     embeddings, labels = tester.get_all_embeddings(images, models["trunk"], models["embedder"])
     accuracy = tester.accuracy_calculator.get_accuracy(embeddings, labels.squeeze(1))
     return {key: accuracy[key] for key in figures.METRICS}, embeddings.cpu()
+
+
+def judge(trust: LabelTrust, true_labels: list[int]) -> dict[str, float]:
+    """How well the distrusted labels are the wrong ones."""
+    wrong = trust.labels != torch.tensor(true_labels)
+    suspected = wrong[trust.distrusted()]
+    found = int(suspected.sum())
+    return {
+        "distrusted": len(suspected),
+        "precision": found / max(len(suspected), 1),
+        "recall": found / max(int(wrong.sum()), 1),
+    }
 
 
 def cpu_copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -348,6 +385,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--image-size", type=at_least(int, 8), help="for image files (default: 128)")
     add("--label-noise", type=at_least(float, 0, 1), default=0.0, metavar="FRACTION",
         help="training labels to replace by another class's")  # fmt: skip
+    add("--check-labels", action="store_true",
+        help="report which training labels to distrust: labels.csv, labels.png")  # fmt: skip
     add("--epochs", type=at_least(int, 1), default=20, help="default: %(default)s")
     add("--batch-size", type=at_least(int, 2), help="default: 128, or what the classes fill")
     add("--samples-per-class", type=at_least(int, 2), help="images of a class in a batch")
@@ -461,6 +500,8 @@ def start_afresh(out: Path) -> None:
         "curves.png",
         "retrieval.png",
         "map.png",
+        "labels.png",
+        "labels.csv",
         "best.pt",
         "checkpoint.pt",
     ):

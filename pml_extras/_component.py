@@ -62,6 +62,18 @@ def check_embeddings(
         raise ValueError(f"{name} must be floating-point numbers, got {embeddings.dtype}")
 
 
+def check_finite(**rows: torch.Tensor | None) -> None:
+    """Check that these are rows of finite numbers, at least one of references."""
+    for name, x in rows.items():
+        if x is None:
+            continue
+        if len(x) == 0 and name != "query":
+            raise ValueError(f"{name} must have a row at least, got {tuple(x.shape)}")
+        wrong = (~x.isfinite().all(1)).nonzero()
+        if len(wrong) > 0:
+            raise ValueError(f"{name} must be finite, and row {int(wrong[0])} is not")
+
+
 class OptimizerReminder:
     """Warns, once, of a parameter that gets gradients and is never moved.
 

@@ -5,7 +5,7 @@ from .class_interference import class_interference
 from .class_means import moving_class_means
 from .contextual_loss import contextual_loss, contrastive_loss, mean_similarity_loss
 from .contextual_neighbors import ReferenceGraph, contextual_neighbors, reference_graph
-from .contextual_pairs import ClassVote, class_vote, contextual_pairs
+from .contextual_pairs import contextual_pairs
 from .contextual_similarity import (
     contextual_similarity,
     contextual_similarity_from_distances,
@@ -13,6 +13,7 @@ from .contextual_similarity import (
 )
 from .copies import exact_copies, row_fingerprints
 from .cosine import pairwise_cosine
+from .label_vote import ClassVote, LabelVote, class_vote, label_vote
 from .listwise_kl import listwise_kl
 from .negative_logsumexp import negative_logsumexp
 from .sharded_center_contrastive_loss import sharded_center_contrastive_loss
@@ -37,6 +38,8 @@ __all__ = [
     "listwise_kl",
     "ClassVote",
     "class_vote",
+    "LabelVote",
+    "label_vote",
     "contextual_pairs",
     "ReferenceGraph",
     "contextual_neighbors",

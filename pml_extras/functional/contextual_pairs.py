@@ -12,45 +12,11 @@ from ._precision import full_precision
 from .contextual_similarity import contextual_similarity_from_distances
 from .copies import row_fingerprints
 from .cosine import pairwise_cosine
-from .sparse_context import SPARSITY, Growing, blocks, neighborhood_size, sparse_context
+from .label_vote import ClassVote, class_vote
+from .sparse_context import Growing, blocks, context_rows
 
 # A positive pair this similar in context is kept whatever the labels around it say.
 SURE_POSITIVE = 0.25
-
-
-class ClassVote(NamedTuple):
-    """What a sample's context says of its label: one value a sample."""
-
-    share: Tensor
-    """Its class's share of the contextual similarity around it, in [0, 1]; 0.5 if there is none."""
-    trusted: Tensor
-    """Bool: no other class has a larger share."""
-
-
-def class_vote(context: Tensor, labels: Tensor, ref_labels: Tensor, excluded: Tensor) -> ClassVote:
-    """Let the references vote on each sample's label, weighted by contextual similarity.
-
-    Args:
-        context: (N, R) contextual similarities.
-        labels: (N,).
-        ref_labels: (R,).
-        excluded: (N, R) bool, who does not vote on whom: the sample itself.
-
-    Example:
-        >>> import torch
-        >>> context = torch.tensor([[1.0, 0.6, 0.2], [0.6, 1.0, 0.0], [0.2, 0.0, 1.0]])
-        >>> labels = torch.tensor([0, 0, 1])
-        >>> class_vote(context, labels, labels, torch.eye(3, dtype=torch.bool))
-        ClassVote(share=tensor([0.7500, 1.0000, 0.0000]), trusted=tensor([ True,  True, False]))
-    """
-    classes, numbers = torch.unique(torch.cat([labels, ref_labels]), return_inverse=True)
-    own_class, ref_class = numbers[: len(labels), None], numbers[len(labels) :]
-    votes = context.new_zeros(len(context), len(classes))
-    votes.index_add_(1, ref_class, context.masked_fill(excluded, 0))
-    own, total = votes.gather(1, own_class).squeeze(1), votes.sum(1)
-    strongest_other = votes.scatter(1, own_class, 0).amax(1)
-    share = torch.where(total > 0, own / total, 0.5)
-    return ClassVote(share, own >= strongest_other)
 
 
 @full_precision
@@ -119,7 +85,12 @@ def contextual_pairs(
     if ref_emb is None or ref_labels is None:
         ref_emb, ref_labels = embeddings, labels
         names = ref_names = torch.arange(len(embeddings), device=embeddings.device)
-        context = _context_within(distances, embeddings, num_neighbors)
+        context = context_rows(
+            lambda rows: distances(embeddings[rows], embeddings),
+            len(embeddings),
+            num_neighbors,
+            embeddings.device,
+        )
         ref_context = None
     else:
         names, ref_names = row_fingerprints(embeddings), row_fingerprints(ref_emb)
@@ -166,22 +137,6 @@ class Pairs(NamedTuple):
     same_class: Tensor
     usable: Tensor
     """Bool: both are finite, and they are not the same sample."""
-
-
-def _context_within(
-    distances: Callable[[Tensor, Tensor], Tensor], embeddings: Tensor, num_neighbors: int
-) -> Callable[[Tensor], Tensor]:
-    """The rows of the contextual similarity of a batch with itself, by their numbers."""
-    n, device = len(embeddings), embeddings.device
-    k = min(num_neighbors, n)
-
-    def some_distances(rows: Tensor) -> Tensor:
-        return distances(embeddings[rows], embeddings)
-
-    if neighborhood_size(some_distances, n, k, 0.0, device) * SPARSITY < n:
-        return sparse_context(some_distances, n, k, 0.0, device).context.dense_rows
-    everything = distances(embeddings, embeddings)
-    return contextual_similarity_from_distances(everything, k).__getitem__
 
 
 def _full_trust(samples: Tensor) -> ClassVote:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._sparse import Sparse
-from .contextual_similarity import neighborhoods
+from .contextual_similarity import contextual_similarity_from_distances, neighborhoods
 
 # How many distances to look at in one go.
 BLOCK = 1 << 21
@@ -19,7 +19,7 @@ SPARSITY = 120
 SMALLEST_ON_GPU = 8192
 
 Distances = Callable[[Tensor], Tensor]
-"""Given the numbers of B samples, their distances to all N: (B, N)."""
+"""Given the numbers of B samples, their distances (or what else) to all N: (B, N)."""
 
 
 class SparseContext(NamedTuple):
@@ -76,6 +76,15 @@ def sparse_context(
     context = context.plus(context.transposed())
     context = context.with_values(context.values / 2)
     return SparseContext(near, nearest, shared, reciprocal, opinion, context, members, degree)
+
+
+def context_rows(distances: Distances, n: int, k: int, device: torch.device) -> Distances:
+    """The rows of the contextual similarity without slack, by their numbers."""
+    k = min(k, n)
+    if neighborhood_size(distances, n, k, 0.0, device) * SPARSITY < n:
+        return sparse_context(distances, n, k, 0.0, device).context.dense_rows
+    everything = distances(torch.arange(n, device=device))
+    return contextual_similarity_from_distances(everything, k).__getitem__
 
 
 def neighborhood_size(

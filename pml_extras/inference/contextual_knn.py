@@ -8,7 +8,7 @@ import torch
 from pytorch_metric_learning.utils.inference import return_results
 from torch import Tensor
 
-from .._component import check_count, require
+from .._component import check_count, check_finite, require
 from ..functional import ReferenceGraph, contextual_neighbors, reference_graph
 
 
@@ -123,15 +123,3 @@ class ContextualKNN:
             f"{type(self).__name__}(num_neighbors={self.num_neighbors},"
             f" num_candidates={self.num_candidates}, distance_weight={self.distance_weight})"
         )
-
-
-def check_finite(**rows: Tensor | None) -> None:
-    """Check that these are rows of finite numbers, at least one of references."""
-    for name, x in rows.items():
-        if x is None:
-            continue
-        if len(x) == 0 and name != "query":
-            raise ValueError(f"{name} must have a row at least, got {tuple(x.shape)}")
-        wrong = (~x.isfinite().all(1)).nonzero()
-        if len(wrong) > 0:
-            raise ValueError(f"{name} must be finite, and row {int(wrong[0])} is not")

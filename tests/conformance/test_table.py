@@ -23,6 +23,8 @@ NO_ROW = {
     losses.SelfSupervisedLoss,
     # It lives in a process group only, where its own tests compare it with CenterContrastiveLoss.
     losses.ShardedCenterContrastiveLoss,
+    # It takes part in no training step.
+    inference.LabelTrust,
 }
 
 

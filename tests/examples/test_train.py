@@ -1,5 +1,6 @@
 """The main example, run as a user would: the pictures it leaves, its resume, its refusals."""
 
+import csv
 import json
 import shutil
 
@@ -132,6 +133,21 @@ def test_every_method_trains(tmp_path, arguments):
     assert not torch.equal(trained["0.weight"], untrained["0.weight"])
 
 
+def test_labels_are_checked(tmp_path, capsys):
+    out = tmp_path / "run"
+    results = run(out, "--loss", "contrastive", "--label-noise", "0.2", "--check-labels", epochs=3)
+    found = results["labels"]
+    assert found["precision"] > 0.9  # and chance is 0.2
+    assert found["recall"] > 0.7
+    assert f"precision {found['precision']:.3f}, recall" in capsys.readouterr().out
+    with open(out / "labels.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sum(row["distrusted"] == "1" for row in rows) == found["distrusted"]
+    assert (out / "labels.png").stat().st_size > 10_000
+    run(out, "--overwrite", epochs=1)
+    assert not (out / "labels.csv").exists()
+
+
 @pytest.mark.parametrize("loss", ["center_contrastive", "proxy_anchor"])
 def test_a_loss_with_parameters_trains_them(tmp_path, loss):
     run(tmp_path / "run", "--loss", loss, epochs=1)
@@ -197,6 +213,7 @@ def test_smooth_ap_of_pml_needs_square_batches():
     [
         ["--loss", "contextual"],
         ["--loss", "proxy_anchor", "--label-noise", "0.2"],
+        ["--loss", "contrastive", "--label-noise", "0.2", "--check-labels"],
         ["--loss", "center_contrastive_average", "--amp"],
         ["--loss", "contrastive", "--distill", "snapshot"],
         ["--loss", "triplet", "--distill", "ema", "--interfere", "--miner", "contextual"],
@@ -231,8 +248,8 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path, monkeypatch, arguments):
         checkpoint.load(tmp_path / name / "checkpoint.pt") for name in ("whole", "parts")
     )
     assert_same_state(left, right)
-    for key in ("before", "after", "best_epoch", "history"):
-        assert whole[key] == parts[key]
+    for key in ("before", "after", "best_epoch", "history", "labels"):
+        assert whole.get(key) == parts.get(key)
     for name in (
         "loss_histories.csv",
         "accuracies_normalized_GlobalEmbeddingSpaceTester_level_0_VAL_vs_self.csv",

@@ -248,9 +248,7 @@ def test_large_batches_take_the_sparse_way_to_the_same_pairs(filter_noise, monke
         lambda rows: 1 - normalize(x[rows]) @ normalize(x).T, len(x), 4, 0.0, x.device
     ) == pytest.approx(4)
     found = miner(x, labels)
-    monkeypatch.setattr(
-        sys.modules["pml_extras.functional.contextual_pairs"], "SPARSITY", len(x)
-    )  # never pays
+    monkeypatch.setattr(sparse_context, "SPARSITY", len(x))  # never pays
     for actual, expected in zip(found, miner(x, labels), strict=True):
         assert torch.equal(actual, expected)
 

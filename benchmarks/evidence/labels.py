@@ -1,0 +1,128 @@
+#!/usr/bin/env python3
+"""How well `LabelTrust` finds wrong labels while a network is trained on them.
+
+    python -m benchmarks.evidence.labels --jobs 2
+
+Networks are trained as for the tables, with the setting that the clean trials of the preset chose,
+and looked at after each epoch. A run is one line in results/labels-PRESET.jsonl; stop at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import UserError
+from sklearn.metrics import average_precision_score
+from torch import Tensor
+
+from pml_extras.functional import pairwise_cosine
+from pml_extras.inference import LabelTrust
+
+from . import training
+from .data import ROOT, Batches, load_training
+from .plan import BOTH, METHODS, PRESETS, Cell, Preset, Setting, Sizes, assemble
+from .records import Record, Results, appending, read
+from .run import RESULTS, workers
+
+CONDITIONS = ("clean", "noise10", "noise30", "noise50")
+METHOD = "contrastive"
+SEEDS = 5
+NEIGHBORS = 40  # as LabelTrust has it
+
+
+def measure(preset: Preset, cell: Cell, setting: Setting, seed: int, root: Path) -> Record:
+    """Train, look after each epoch, and compare what is distrusted with what is wrong."""
+    given = load_training(cell.dataset, cell.start, cell.condition, seed, root)
+    images, budget, device = given.images, preset.budget, torch.device("cpu")
+    method = METHODS[cell.method]
+    training.seed_everything(seed)
+    network = training.build_network(images, budget)
+    sizes = Sizes.of(method, len(images.names), budget.embedding_size, budget.batch_size)
+    parts = assemble(method, setting, sizes, network, budget.epochs)
+    batches = Batches(images, sizes, True, budget.steps, device)
+    trust = LabelTrust(images.labels, NEIGHBORS)
+    last, plain = trust, torch.zeros(len(images))
+
+    def after_epoch(epoch: int, loss: float) -> None:
+        nonlocal last
+        embeddings = training.embed(network, images, device)
+        trust.look(embeddings)
+        last = LabelTrust(images.labels, NEIGHBORS).look(embeddings)
+        plain.add_(share_of_nearest(embeddings, trust.labels))
+
+    training.fit(network, parts, setting, batches, budget.epochs, after_epoch)
+    wrong = np.array(images.labels) != np.array(given.true_labels)
+    distrusted = (trust.support < 1).numpy()
+    found: Record = {
+        **cell._asdict(),
+        "seed": seed,
+        "setting": setting,
+        "budget": preset.describe(),
+        "wrong": float(wrong.mean()),
+        "distrusted": float(distrusted.mean()),
+        "mistrusted": float(distrusted[~wrong].mean()),  # though they are right
+    }
+    if wrong.any():
+        found |= {
+            "precision": float(wrong[distrusted].mean()) if distrusted.any() else 0.0,
+            "recall": float(distrusted[wrong].mean()),
+            "average_precision": average_precision_score(wrong, -trust.support.numpy()),
+            "last_look": average_precision_score(wrong, -last.support.numpy()),
+            "plain_neighbours": average_precision_score(wrong, -plain.numpy()),
+        }
+    return {k: round(v, 5) if isinstance(v, float) else v for k, v in found.items()}
+
+
+def share_of_nearest(embeddings: Tensor, labels: Tensor) -> Tensor:
+    """What `LabelTrust` is to be better than: the share of the nearest neighbours with the same
+    label."""
+    shares = []
+    for rows in torch.arange(len(labels)).split(512):
+        similarities = pairwise_cosine(embeddings[rows], embeddings)
+        similarities[torch.arange(len(rows)), rows] = -2
+        nearest = similarities.topk(NEIGHBORS).indices
+        shares.append((labels[nearest] == labels[rows, None]).float().mean(1))
+    return torch.cat(shares)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="labels.py", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--preset", choices=PRESETS, default="small")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--data-root", type=Path, default=ROOT)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args(arguments)
+    preset = PRESETS[args.preset]
+    results = Results(preset, read(args.results / f"{args.preset}.jsonl"))
+    path = args.results / f"labels-{args.preset}.jsonl"
+    try:
+        with appending(path) as append, workers(args.jobs) as submit:
+            done = {(r["dataset"], r["condition"], r["seed"]) for r in read(path)}
+            running = []
+            for dataset in dict.fromkeys(c.dataset for c in preset.cells() if c.dataset in BOTH):
+                setting = results.selected(Cell(dataset, "scratch", "clean", METHOD))
+                if setting is None:
+                    raise UserError(f"no trials of {METHOD} on {dataset} in {args.results}")
+                for condition in CONDITIONS:
+                    cell = Cell(dataset, "scratch", condition, METHOD)
+                    for seed in range(SEEDS):
+                        if (dataset, condition, seed) not in done:
+                            call = measure, preset, cell, setting, seed, args.data_root
+                            running.append(submit(*call))
+            for future in running:
+                record = future.result()
+                append(record)
+                print(*(record[k] for k in ("dataset", "condition", "seed")), record, flush=True)
+    except UserError as error:
+        print(f"labels.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""What a sample's context says of its label."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._precision import full_precision
+from .cosine import unit_rows
+from .sparse_context import blocks, context_rows
+
+
+class ClassVote(NamedTuple):
+    """What a sample's context says of its label: one value a sample."""
+
+    share: Tensor
+    """Its class's share of the contextual similarity around it, in [0, 1]; 0.5 if there is none."""
+    trusted: Tensor
+    """Bool: no other class has a larger share."""
+
+
+def class_vote(context: Tensor, labels: Tensor, ref_labels: Tensor, excluded: Tensor) -> ClassVote:
+    """Let the references vote on each sample's label, weighted by contextual similarity.
+
+    Args:
+        context: (N, R) contextual similarities.
+        labels: (N,).
+        ref_labels: (R,).
+        excluded: (N, R) bool, who does not vote on whom: the sample itself.
+
+    Example:
+        >>> import torch
+        >>> context = torch.tensor([[1.0, 0.6, 0.2], [0.6, 1.0, 0.0], [0.2, 0.0, 1.0]])
+        >>> labels = torch.tensor([0, 0, 1])
+        >>> class_vote(context, labels, labels, torch.eye(3, dtype=torch.bool))
+        ClassVote(share=tensor([0.7500, 1.0000, 0.0000]), trusted=tensor([ True,  True, False]))
+    """
+    classes, numbers = torch.unique(torch.cat([labels, ref_labels]), return_inverse=True)
+    own_class, ref_class = numbers[: len(labels), None], numbers[len(labels) :]
+    votes = _count(context, ref_class, excluded, len(classes))
+    own, total = votes.gather(1, own_class).squeeze(1), votes.sum(1)
+    strongest_other = votes.scatter(1, own_class, 0).amax(1)
+    return ClassVote(torch.where(total > 0, own / total, 0.5), own >= strongest_other)
+
+
+def _count(context: Tensor, ref_class: Tensor, excluded: Tensor, num_classes: int) -> Tensor:
+    """(N, C) the votes for each class."""
+    votes = context.new_zeros(len(context), num_classes)
+    return votes.index_add_(1, ref_class, context.masked_fill(excluded, 0))
+
+
+class LabelVote(NamedTuple):
+    """What a set of samples says of each other's labels: one value a sample."""
+
+    support: Tensor
+    """How many times the share that a class of this size has by chance its class gets of the vote;
+    below 1 the context speaks against the label."""
+    trusted: Tensor
+    """Bool: no other class gets more."""
+    winner: Tensor
+    """The label that gets most: the sample's own where there is no vote."""
+
+
+@full_precision
+@torch.no_grad()
+def label_vote(embeddings: Tensor, labels: Tensor, num_neighbors: int = 40) -> LabelVote:
+    """Let all samples of a set vote on each other's labels, weighted by contextual similarity.
+
+    Args:
+        embeddings: (N, D), any scale, compared by their cosine. Those of a training set, say.
+        labels: (N,) integers.
+        num_neighbors: k >= 1 of the contextual similarity, the sample itself included. The more,
+            the surer, as long as they are not many more than a class has samples.
+
+    Returns:
+        A :class:`LabelVote` of three (N,) tensors. No N x N matrix is made, unless neighbourhoods
+        are a large part of the set.
+
+    Source: ours, on the contextual similarity of arXiv 2210.01908.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([[1.0, 0.0]] * 4 + [[0.0, 1.0]] * 4)
+        >>> label_vote(x, torch.tensor([0, 0, 0, 1, 1, 1, 1, 1]), num_neighbors=3).winner
+        tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    """
+    n, device = len(embeddings), embeddings.device
+    if n == 0:
+        return LabelVote(embeddings.new_empty(0), labels > 0, labels.clone())
+    unit = unit_rows(embeddings)
+    context = context_rows(lambda rows: -(unit[rows] @ unit.T), n, num_neighbors, device)
+    classes, numbers, sizes = torch.unique(labels, return_inverse=True, return_counts=True)
+    parts = []
+    for rows in blocks(n, n, device):
+        itself = rows[:, None] == torch.arange(n, device=device)
+        votes = _count(context(rows), numbers, itself, len(classes))
+        own_class = numbers[rows, None]
+        own, total = votes.gather(1, own_class).squeeze(1), votes.sum(1)
+        most, winner = votes.max(1)
+        trusted = own == most
+        by_chance = (sizes[numbers[rows]] - 1).clamp_min(1) / max(n - 1, 1)
+        support = torch.where(total > 0, own / total / by_chance, 1)
+        parts.append(LabelVote(support, trusted, classes[winner.where(~trusted, numbers[rows])]))
+    return LabelVote(*(torch.cat(part) for part in zip(*parts, strict=True)))

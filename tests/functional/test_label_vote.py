@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from pml_extras.functional import contextual_similarity_from_distances, label_vote
+
+
+def mixture(num_classes=30, per_class=10, noise=0.4):
+    centers = normalize(torch.randn(num_classes, 16))
+    true = torch.arange(num_classes).repeat_interleave(per_class)
+    x = centers[true] + noise / 4 * torch.randn(len(true), 16)
+    told = true.clone()
+    wrong = torch.randperm(len(true))[: len(true) // 5]
+    told[wrong] = (told[wrong] + torch.randint(1, num_classes, (len(wrong),))) % num_classes
+    return x, 3 * true + 5, 3 * told + 5  # labels need not be 0 to C - 1
+
+
+def loop_over_samples(x, labels, k):
+    """Support, trust and winner, one sample at a time, in float64."""
+    x = normalize(x.double())
+    context = contextual_similarity_from_distances(-x @ x.T, k)
+    for i in range(len(x)):
+        others = torch.arange(len(x)) != i
+        of_class = {c: context[i, others & (labels == c)].sum() for c in labels.unique().tolist()}
+        total, own = sum(of_class.values()), of_class[int(labels[i])]
+        chance = max(int((labels == labels[i]).sum()) - 1, 1) / (len(x) - 1)
+        most = max(of_class.values())
+        winner = int(labels[i]) if own == most else max(of_class, key=of_class.get)
+        yield (own / total / chance if total > 0 else 1), own == most, winner
+
+
+@pytest.mark.parametrize("k", [1, 4, 12])
+@pytest.mark.parametrize("sparse", [True, False])
+def test_equals_a_loop_over_samples(k, sparse, monkeypatch):
+    module = sys.modules["pml_extras.functional.sparse_context"]
+    monkeypatch.setattr(module, "SPARSITY", 0.1 if sparse else 1e9)
+    monkeypatch.setattr(module, "BLOCK", 7 * 300)
+    x, _, labels = mixture()
+    found = label_vote(x.double(), labels, k)
+    for i, (support, trusted, winner) in enumerate(loop_over_samples(x, labels, k)):
+        assert found.support[i].item() == pytest.approx(float(support))
+        assert found.trusted[i] == trusted
+        assert found.winner[i] == winner
+
+
+def test_finds_the_wrong_labels_and_knows_the_right_ones():
+    x, true, told = mixture()
+    found = label_vote(x, told, num_neighbors=10)
+    wrong = true != told
+    assert ((found.support < 1) == wrong).double().mean() > 0.98
+    assert (found.winner == true).double().mean() > 0.98
+
+
+def test_support_is_one_on_average_where_labels_are_drawn_at_random():
+    x, _, _ = mixture(num_classes=60)
+    support = torch.cat([label_vote(x, torch.randint(6, (600,)), 10).support for _ in range(10)])
+    assert support.mean().item() == pytest.approx(1, abs=0.05)
+
+
+def test_half_precision_is_widened():
+    x, _, labels = mixture()
+    expected = label_vote(x.bfloat16().float(), labels, 10)
+    for actual, wanted in zip(label_vote(x.bfloat16(), labels, 10), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+def test_the_order_of_the_samples_does_not_matter():
+    x, _, labels = mixture()
+    x, order = x.double(), torch.randperm(len(x))
+    expected = label_vote(x, labels, 10)
+    for actual, wanted in zip(label_vote(x[order], labels[order], 10), expected, strict=True):
+        assert torch.allclose(actual.double(), wanted[order].double())
+
+
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_few_samples(n):
+    support, trusted, winner = label_vote(torch.randn(n, 3), torch.arange(n))
+    assert len(support) == len(trusted) == len(winner) == n
+    assert not support.isnan().any()
