@@ -10,6 +10,7 @@ and looked at after each epoch. A run is one line in results/labels-PRESET.jsonl
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from pml_extras.inference import LabelTrust
 
 from . import training
 from .data import ROOT, Batches, load_training
-from .plan import BOTH, METHODS, PRESETS, Cell, Preset, Setting, Sizes, assemble
+from .plan import DATASETS, METHODS, PRESETS, Cell, Preset, Setting, Sizes, assemble
 from .records import Record, Results, appending, read
 from .run import RESULTS, workers
 
@@ -104,7 +105,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with appending(path) as append, workers(args.jobs) as submit:
             done = {(r["dataset"], r["condition"], r["seed"]) for r in read(path)}
             running = []
-            for dataset in dict.fromkeys(c.dataset for c in preset.cells() if c.dataset in BOTH):
+            for dataset in dict.fromkeys(cell.dataset for cell in preset.cells()):
+                if DATASETS[dataset].classification:
+                    continue
                 setting = results.selected(Cell(dataset, "scratch", "clean", METHOD))
                 if setting is None:
                     raise UserError(f"no trials of {METHOD} on {dataset} in {args.results}")
@@ -117,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for future in running:
                 record = future.result()
                 append(record)
-                print(*(record[k] for k in ("dataset", "condition", "seed")), record, flush=True)
+                print(json.dumps(record), flush=True)
     except UserError as error:
         print(f"labels.py: error: {error}", file=sys.stderr)
         return 2

@@ -28,7 +28,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from optuna.distributions import BaseDistribution, FloatDistribution
 
-from . import protocol
+from . import labels, protocol
 from .plan import (
     ACCURACY,
     BASELINES,
@@ -508,6 +508,29 @@ def comparisons(claim: Claim, judged: list[Judged]) -> str:
     return table(["", "difference", ""], body)
 
 
+def label_reports(records: Sequence[Record]) -> str:
+    """What `labels.py` measured."""
+    columns = {
+        "distrusted": "distrusted",
+        "precision": "precision",
+        "recall": "recall",
+        "mistrusted": "of right ones distrusted",
+        "average_precision": "average precision",
+        "last_look": "of the last look alone",
+        "plain_neighbours": "of plain neighbours",
+    }
+    body = []
+    for dataset, condition in dict.fromkeys((r["dataset"], r["condition"]) for r in records):
+        runs = [r for r in records if (r["dataset"], r["condition"]) == (dataset, condition)]
+        shown = [f"{DATASETS[dataset].label}, {CONDITIONS[condition].label}"]
+        for name in columns:
+            values = [r[name] for r in runs if name in r]
+            found = interval(values) if values else None
+            shown.append(f"{100 * found.mean:.1f} ± {100 * found.half:.1f}" if found else "")
+        body.append(shown)
+    return table(["", *columns.values()], body)
+
+
 def source(claim: Claim) -> str:
     is_id = claim.source.replace(".", "").isdigit()
     return f"[{claim.source}](https://arxiv.org/abs/{claim.source})" if is_id else claim.source
@@ -556,6 +579,7 @@ def render(preset_name: str, records: list[Record], docs: Path, results: Path = 
     page = Page(Results(preset, records), docs / "evidence")
     notes = results / f"notes-{preset_name}.md"
     protocols = read(results / "protocol.jsonl")
+    checked = read(results / f"labels-{preset_name}.jsonl")
     parts = [
         INTRODUCTION.format(
             name=preset_name,
@@ -588,6 +612,14 @@ def render(preset_name: str, records: list[Record], docs: Path, results: Path = 
         " within the contextual loss's slack of 0.05. *Turn*: 1 less the cosine between a center"
         " before and after the epoch. *Entropy*: of the teacher's softmax, as a share of the"
         " uniform one's.\n\n" + page.mechanisms(),
+        "## Distrusted labels\n\nWhat `LabelTrust` finds while "
+        f"{METHODS[labels.METHOD].label} trains on the labels, with a look after each epoch: a label"
+        " is distrusted if its class gets less of the vote than chance would give it. Average"
+        " precision is that of the order of all images by their support, for finding the wrong"
+        " labels; *plain neighbours* are ordered by how many of the same number of nearest ones"
+        f" have the same label. Percent, {labels.SEEDS} seeds.\n\n" + label_reports(checked)
+        if checked
+        else "",
         "## The papers' own protocols\n\n" + "\n".join(protocol.rows(protocols))
         if protocols
         else "",

@@ -14,8 +14,8 @@ from .contextual_similarity import contextual_similarity_from_distances, neighbo
 # How many distances to look at in one go.
 BLOCK = 1 << 21
 # Where sparse products overtake dense ones on two CPU cores: in batches this many times larger than
-# a neighbourhood.
-SPARSITY = 120
+# a neighbourhood. Backward, through neighbours of neighbours, takes more of it than forward.
+SPARSITY, FORWARD_SPARSITY = 120, 60
 SMALLEST_ON_GPU = 8192
 
 Distances = Callable[[Tensor], Tensor]
@@ -81,19 +81,19 @@ def sparse_context(
 def context_rows(distances: Distances, n: int, k: int, device: torch.device) -> Distances:
     """The rows of the contextual similarity without slack, by their numbers."""
     k = min(k, n)
-    if neighborhood_size(distances, n, k, 0.0, device) * SPARSITY < n:
+    if neighborhood_size(distances, n, k, 0.0, device, FORWARD_SPARSITY) * FORWARD_SPARSITY < n:
         return sparse_context(distances, n, k, 0.0, device).context.dense_rows
     everything = distances(torch.arange(n, device=device))
     return contextual_similarity_from_distances(everything, k).__getitem__
 
 
 def neighborhood_size(
-    distances: Distances, n: int, k: int, slack: float, device: torch.device
+    distances: Distances, n: int, k: int, slack: float, device: torch.device, sparsity: int
 ) -> float:
     """How many samples lie in a neighbourhood, measured on a sample of them; n where sparse
     matrices are out of the question: small and middling batches on a GPU are better served by dense
     products, which need no word from the host."""
-    smallest = SMALLEST_ON_GPU if device.type == "cuda" else max(k, 1) * SPARSITY
+    smallest = SMALLEST_ON_GPU if device.type == "cuda" else max(k, 1) * sparsity
     has_mkl = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
     if n < smallest or not (device.type == "cuda" or has_mkl):
         return n

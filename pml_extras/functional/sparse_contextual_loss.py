@@ -86,7 +86,8 @@ def sparse_pays(
     """
     n = len(embeddings)
     distances = _squared_distances(unit_rows(embeddings))
-    per_row = neighborhood_size(distances, n, min(num_neighbors, n), slack, embeddings.device)
+    k = min(num_neighbors, n)
+    per_row = neighborhood_size(distances, n, k, slack, embeddings.device, SPARSITY)
     if per_row * SPARSITY >= n:
         return False
     classes = torch.bincount(torch.unique(labels, return_inverse=True)[1]).double()

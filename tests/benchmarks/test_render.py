@@ -85,6 +85,18 @@ def test_everything_was_run(tmp_path):
     assert again == text
 
 
+def test_reports_on_labels_are_a_table(tmp_path):
+    lines = [
+        {"dataset": "omniglot", "condition": condition, "seed": seed, "distrusted": 0.25,
+         "mistrusted": 0.125} | ({} if condition == "clean" else {"precision": 0.5 + 0.1 * seed})
+        for condition in ("clean", "noise30") for seed in (0, 1)
+    ]  # fmt: skip
+    (tmp_path / "labels-small.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    text = page([], tmp_path)
+    assert "| Omniglot, clean | 25.0 ± 0.0 |  |  | 12.5 ± 0.0 |  |  |  |" in text
+    assert "| Omniglot, 30% wrong labels | 25.0 ± 0.0 | 55.0 ± 63.5 |" in text
+
+
 def test_some_were_run(tmp_path):
     def kept(job):
         return job.cell.dataset == "omniglot" and job.cell.condition == "clean" and (

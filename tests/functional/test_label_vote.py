@@ -37,7 +37,7 @@ def loop_over_samples(x, labels, k):
 @pytest.mark.parametrize("sparse", [True, False])
 def test_equals_a_loop_over_samples(k, sparse, monkeypatch):
     module = sys.modules["pml_extras.functional.sparse_context"]
-    monkeypatch.setattr(module, "SPARSITY", 0.1 if sparse else 1e9)
+    monkeypatch.setattr(module, "FORWARD_SPARSITY", 0.1 if sparse else 1e9)
     monkeypatch.setattr(module, "BLOCK", 7 * 300)
     x, _, labels = mixture()
     found = label_vote(x.double(), labels, k)

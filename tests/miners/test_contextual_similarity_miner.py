@@ -245,10 +245,10 @@ def test_large_batches_take_the_sparse_way_to_the_same_pairs(filter_noise, monke
     sparse_context = sys.modules["pml_extras.functional.sparse_context"]
     monkeypatch.setattr(sparse_context, "BLOCK", 7 * len(x))
     assert sparse_context.neighborhood_size(
-        lambda rows: 1 - normalize(x[rows]) @ normalize(x).T, len(x), 4, 0.0, x.device
+        lambda rows: 1 - normalize(x[rows]) @ normalize(x).T, len(x), 4, 0.0, x.device, 60
     ) == pytest.approx(4)
     found = miner(x, labels)
-    monkeypatch.setattr(sparse_context, "SPARSITY", len(x))  # never pays
+    monkeypatch.setattr(sparse_context, "FORWARD_SPARSITY", len(x))  # never pays
     for actual, expected in zip(found, miner(x, labels), strict=True):
         assert torch.equal(actual, expected)
 
