@@ -21,7 +21,7 @@ from datasets import UserError
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
-from pml_extras.functional import pairwise_cosine
+from pml_extras.functional import label_vote, pairwise_cosine
 from pml_extras.inference import LabelTrust
 
 from . import training
@@ -47,16 +47,15 @@ def measure(preset: Preset, cell: Cell, setting: Setting, seed: int, root: Path)
     parts = assemble(method, setting, sizes, network, budget.epochs)
     batches = Batches(images, sizes, True, budget.steps, device)
     trust = LabelTrust(images.labels, NEIGHBORS)
-    last, plain = trust, torch.zeros(len(images))
+    plain = torch.zeros(len(images))
 
     def after_epoch(epoch: int, loss: float) -> None:
-        nonlocal last
         embeddings = training.embed(network, images, device)
         trust.look(embeddings)
-        last = LabelTrust(images.labels, NEIGHBORS).look(embeddings)
         plain.add_(share_of_nearest(embeddings, trust.labels))
 
     training.fit(network, parts, setting, batches, budget.epochs, after_epoch)
+    last = label_vote(training.embed(network, images, device), trust.labels, NEIGHBORS).support
     wrong = np.array(images.labels) != np.array(given.true_labels)
     distrusted = (trust.support < 1).numpy()
     found: Record = {
@@ -73,7 +72,7 @@ def measure(preset: Preset, cell: Cell, setting: Setting, seed: int, root: Path)
             "precision": float(wrong[distrusted].mean()) if distrusted.any() else 0.0,
             "recall": float(distrusted[wrong].mean()),
             "average_precision": average_precision_score(wrong, -trust.support.numpy()),
-            "last_look": average_precision_score(wrong, -last.support.numpy()),
+            "last_look": average_precision_score(wrong, -last.numpy()),
             "plain_neighbours": average_precision_score(wrong, -plain.numpy()),
         }
     return {k: round(v, 5) if isinstance(v, float) else v for k, v in found.items()}

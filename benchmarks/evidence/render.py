@@ -612,9 +612,9 @@ def render(preset_name: str, records: list[Record], docs: Path, results: Path = 
         " within the contextual loss's slack of 0.05. *Turn*: 1 less the cosine between a center"
         " before and after the epoch. *Entropy*: of the teacher's softmax, as a share of the"
         " uniform one's.\n\n" + page.mechanisms(),
-        "## Distrusted labels\n\nWhat `LabelTrust` finds while "
-        f"{METHODS[labels.METHOD].label} trains on the labels, with a look after each epoch: a label"
-        " is distrusted if its class gets less of the vote than chance would give it. Average"
+        f"## Distrusted labels\n\nWhat `LabelTrust` finds while {METHODS[labels.METHOD].label}"
+        " trains on the labels, with a look after each epoch: a label is distrusted if its class"
+        " gets less of the vote than chance would give it. Average"
         " precision is that of the order of all images by their support, for finding the wrong"
         " labels; *plain neighbours* are ordered by how many of the same number of nearest ones"
         f" have the same label. Percent, {labels.SEEDS} seeds.\n\n" + label_reports(checked)
