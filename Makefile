@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Threads that wait for one another by spinning take the core from those that have work to do.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-long lint format clean
+.PHONY: demo test test-long docs lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/train.py --loss contextual --dataset digits --out runs/demo --overwrite
@@ -16,6 +16,9 @@ test: lint
 
 test-long: lint
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -n auto -m "long or not long"
+
+docs: $(VENV)/.installed
+	$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check
@@ -27,7 +30,7 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs docs/_build
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -48,7 +48,7 @@ class CenterContrastiveLoss(ShowsSettings, WeightRegularizerMixin, BaseMetricLos
 
     Args:
         num_classes: C >= 1; labels lie in [0, C).
-        embedding_size: D.
+        embedding_size: D >= 1.
         scale: s > 0, the inverse temperature.
         margin: m >= 0, in units of cosine similarity.
         center_weight: :math:`\lambda` >= 0.

@@ -63,7 +63,7 @@ class ShardedCenterContrastiveLoss(CenterContrastiveLoss):
         device_mesh: a ``DeviceMesh`` of one dimension, whose ranks share the classes; to make one
             from a process group, ``DeviceMesh.from_group(group, "cuda")``. Its device is that of
             the centers and the embeddings. Default: all ranks, on the GPU if the backend is NCCL.
-        *args, **kwargs: all else as :class:`CenterContrastiveLoss` has it, except that
+        **kwargs: all else as :class:`CenterContrastiveLoss` has it, in its order too, except that
             ``weight_regularizer`` is refused, since none is exact on a part of the centers.
             ``weight_init_func`` is given each rank's centers apart, with random numbers that differ
             between the ranks and follow from the seed of the first.

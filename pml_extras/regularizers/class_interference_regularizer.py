@@ -41,7 +41,7 @@ class ClassInterferenceRegularizer(ShowsSettings, BaseRegularizer):
 
     Args:
         num_classes: C >= 2; labels lie in [0, C).
-        embedding_size: D.
+        embedding_size: D >= 1.
         strength: :math:`\sigma` in [0, 0.5). Below 0.5 an embedding at its class's mean stays
             closer to it than to the other one.
         probability: p in [0, 1].

@@ -1,0 +1,115 @@
+"""Every example on the pages and in the README runs, in the order of the page."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from pytorch_metric_learning.losses import TripletMarginLoss
+from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
+from pytorch_metric_learning.trainers import MetricLossOnly
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+from torch import nn
+from torch.utils.data import TensorDataset
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [page for page in PAGES if "_build" not in page.parts]
+EXAMPLE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+class Labelled(TensorDataset):
+    @property
+    def labels(self):
+        return self.tensors[1]
+
+
+def what_a_reader_has():
+    """The names that the README's examples take for granted."""
+    torch.manual_seed(0)
+    labels = torch.arange(256) % 32
+    dataset = Labelled(torch.randn(256, 20), labels)
+    trunk, embedder = nn.Linear(20, 32), nn.Linear(32, 64)
+    models = {"trunk": trunk, "embedder": embedder}
+    model = nn.Sequential(trunk, embedder)
+    return {
+        "AccuracyCalculator": AccuracyCalculator,
+        "MetricLossOnly": MetricLossOnly,
+        "torch": torch,
+        "dataset": dataset,
+        "dataset_dict": {"val": dataset},
+        "batch_size": 64,
+        "trunk": trunk,
+        "embedder": embedder,
+        "models": models,
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), 0.1),
+        "optimizers": {},
+        "embeddings": torch.randn(64, 64, requires_grad=True),
+        "labels": labels[:64],
+        "loss_func": TripletMarginLoss(),
+        "tester": GlobalEmbeddingSpaceTester(dataloader_num_workers=0),
+        "end_of_epoch_hook": lambda trainer: None,
+        "hooks": SimpleNamespace(end_of_epoch_hook=lambda *arguments: lambda trainer: None),
+        "folder": "logs",
+    }
+
+
+def examples(page):
+    return EXAMPLE.findall(page.read_text())
+
+
+def needs_processes(example):
+    """Its own tests run it, in two and four of them."""
+    return "ShardedCenterContrastiveLoss" in example
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_examples_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = what_a_reader_has() if page.name == "README.md" else {}
+    for example in examples(page):
+        if needs_processes(example):
+            continue
+        given = dict(names) if page.name == "README.md" else names
+        exec(compile(example, str(page), "exec"), given)
+
+
+def test_there_are_examples():
+    with_examples = [page.name for page in PAGES if examples(page)]
+    assert "README.md" in with_examples
+    assert sum(page.parent.name == "components" for page in PAGES if examples(page)) == 7
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_every_component_has_a_page():
+    from pml_extras import distillation, inference, losses, miners, regularizers
+
+    text = "".join(page.read_text() for page in (ROOT / "docs" / "components").iterdir())
+    memories = {"CrossBatchMemory", "SelfSupervisedLoss"}  # PML's, with ours on their lists
+    for package in (losses, regularizers, distillation, miners, inference):
+        for name in set(package.__all__) - memories:
+            assert f".. autoclass:: {package.__name__}.{name}\n" in text
+
+
+def test_pictures_are_those_of_the_script(tmp_path):
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        import pictures
+    finally:
+        sys.path.pop(0)
+    pictures.main(tmp_path)
+    drawn = {path.name for path in tmp_path.iterdir()}
+    text = "".join(page.read_text() for page in PAGES)
+    assert drawn == {name for name in drawn if f"figures/{name}" in text}
+    assert all((ROOT / "docs" / "figures" / name).exists() for name in drawn)
