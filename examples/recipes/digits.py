@@ -1,0 +1,50 @@
+"""What the recipes share: scanned digits (they come with scikit-learn), a small network, a measure.
+
+The last third of the images, by other writers, is held out. Whether unseen *classes* are retrieved
+is what examples/train.py measures; ten classes are too few for that.
+"""
+
+from __future__ import annotations
+
+import torch
+from pytorch_metric_learning.distances import CosineSimilarity
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+from pytorch_metric_learning.utils.inference import CustomKNN
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+
+def load() -> tuple[TensorDataset, TensorDataset]:
+    pixels, numbers = load_digits(return_X_y=True)
+    images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
+    labels = torch.tensor(numbers)
+    return TensorDataset(images[:1200], labels[:1200]), TensorDataset(images[1200:], labels[1200:])
+
+
+def build_model(embedding_size: int = 32) -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Flatten()),
+        nn.Linear(512, embedding_size),
+    )
+
+
+@torch.no_grad()
+def embed(model: nn.Module, images: Tensor) -> Tensor:
+    was_training = model.training
+    model.eval()
+    embeddings: Tensor = nn.functional.normalize(model(images).float())
+    model.train(was_training)
+    return embeddings
+
+
+def map_at_r(embeddings: Tensor, labels: Tensor, knn_func: object = None) -> float:
+    """How well each image's own class is retrieved among the others."""
+    calculator = AccuracyCalculator(
+        include=("mean_average_precision_at_r",),
+        k="max_bin_count",
+        device=torch.device("cpu"),
+        knn_func=knn_func or CustomKNN(CosineSimilarity()),
+    )
+    found = calculator.get_accuracy(embeddings, labels)["mean_average_precision_at_r"]
+    return float(found)
