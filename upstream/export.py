@@ -33,10 +33,15 @@ PLACES = {
 }
 # Subclasses of PML's wrappers, which can be edited there instead.
 LEFT_OUT = {"losses.wrappers"}
-# (file, line, the line before which it goes).
+# The lists of supported losses: (file, line, the line before which it goes wherever that is).
 EDITS = [
-    ("losses/cross_batch_memory.py", '"ContextualLoss",', '"ContrastiveLoss",'),
-    ("losses/self_supervised_loss.py", '"ContextualLoss",', '"ContrastiveLoss",'),
+    (f"src/{THEIRS}/losses/cross_batch_memory.py", '"ContextualLoss",', '"ContrastiveLoss",'),
+    (f"src/{THEIRS}/losses/self_supervised_loss.py", '"ContextualLoss",', '"ContrastiveLoss",'),
+    (
+        "docs/losses.md",
+        "- [ContextualLoss](losses.md#contextualloss)",
+        "- [ContrastiveLoss](losses.md#contrastiveloss)",
+    ),
 ]
 
 ISORT = isort.Config(profile="black", known_first_party=[THEIRS])
@@ -51,14 +56,16 @@ def export(checkout: Path) -> None:
         module = ".".join(path.relative_to(ours).with_suffix("").parts)
         if module not in LEFT_OUT and module != "__init__":
             write_module(module, path.read_text(), package)
-    for name, line, before in EDITS:
-        insert_line(package / name, line, before)
     for path in sorted((HERE / "tests").glob("**/*.py")):
         target = checkout / path.relative_to(HERE)
-        if path.name != "__init__.py" or not target.exists():
+        if path.name != "__init__.py" or not target.exists():  # PML's own packages stay
             write(target, path.read_text())
+    # Source distributions have no docs.
+    for name, line, before in EDITS:
+        if (checkout / name).exists():
+            insert_line(checkout / name, line, before)
     for path in sorted((HERE / "docs").glob("*.md")):
-        if (checkout / "docs").is_dir():
+        if (checkout / "docs" / path.name).exists():
             write_sections(checkout / "docs" / path.name, path.read_text())
 
 
@@ -149,23 +156,23 @@ def relative(name: str, here: list[str]) -> str:
 
 
 def insert_line(path: Path, line: str, before: str) -> None:
-    source = path.read_text()
-    if line not in source:
-        assert source.count(before) == 1, f"{path} must have {before} once"
-        write(path, source.replace(before, f"{line}\n{before}"))
+    text = path.read_text()
+    if line not in text:
+        path.write_text(re.sub(rf"(?m)^( *){re.escape(before)}$", rf"\1{line}\n\g<0>", text))
 
 
 def write_sections(path: Path, entries: str) -> None:
     """Put each section of `entries` where its title belongs in the alphabet, instead of the old."""
-    sections = re.split(r"(?m)^(?=## )", path.read_text() if path.exists() else "")
+    sections = re.split(r"(?m)^(?=## )", path.read_text())
     for entry in re.split(r"(?m)^(?=## )", entries)[1:]:
-        title = entry.splitlines()[0].lower()
-        sections = [s for s in sections if s.splitlines()[:1] != entry.splitlines()[:1]]
-        later = (i for i, s in enumerate(sections) if s.startswith("## ") and s.lower() > title)
+        title = entry.splitlines()[0]
+        sections = [s for s in sections if s.splitlines()[0] != title]
+        later = (
+            i for i, s in enumerate(sections) if s.startswith("## ") and s.lower() > title.lower()
+        )
         index = next(later, len(sections))
-        sections[index - 1 : index] = [sections[index - 1].rstrip("\n") + "\n\n\n"]
-        sections.insert(index, entry.rstrip("\n") + "\n\n\n")
-    path.write_text("".join(sections).rstrip("\n") + "\n")
+        sections.insert(index, entry)
+    path.write_text("\n\n\n".join(s.rstrip("\n") for s in sections) + "\n")
 
 
 def write(path: Path, source: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,24 @@ PML_TESTS = [
     "tests/utils/test_distributed.py",
     "tests/utils/test_module_with_records_and_reducer.py",
 ]
+# What stands for PML's docs.
+PAGES = {
+    "losses": """# Losses
 
+## ArcFaceLoss
+Angles.
+
+## CrossBatchMemory
+??? note "Supported Loss Functions"
+    - [CircleLoss](losses.md#circleloss)
+    - [ContrastiveLoss](losses.md#contrastiveloss)
+
+## TripletMarginLoss
+Triplets.
+""",
+    "miners": "# Miners\n\n## AngularMiner\nAngles.\n",
+    "regularizers": "# Regularizers\n\n## LpRegularizer\nNorms.\n",
+}
 RUN_ALL = f"""
 import doctest, importlib, sys, unittest
 sys.modules["pml_extras"] = None  # so that an import of it raises
@@ -58,9 +76,8 @@ def bare_tree(root: Path) -> Path:
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(Path(spec.origin).parent, root / "src" / PML, ignore=ignore)
     (root / "docs").mkdir()
-    (root / "docs" / "losses.md").write_text(
-        "# Losses\n\n## ArcFaceLoss\nAngles.\n\n## TripletMarginLoss\nTriplets.\n"
-    )
+    for page, text in PAGES.items():
+        (root / "docs" / f"{page}.md").write_text(text)
     return root
 
 
@@ -147,18 +164,30 @@ def test_pml_is_left_as_it_was(bare, tree, written):
     }
 
 
-def test_docs_have_an_entry_each_in_the_order_of_the_alphabet(tree):
-    titles = [
-        line.removeprefix("## ").strip()
-        for line in (tree / "docs" / "losses.md").read_text().splitlines()
-        if line.startswith("## ")
-    ]
-    assert titles.count("ContextualLoss") == 1
-    assert titles.index("ArcFaceLoss") < titles.index("CenterContrastiveLoss")
-    assert titles.index("ContextualLoss") < titles.index("ListwiseDistillationLoss")
-    assert titles.index("ShardedCenterContrastiveLoss") < titles.index("TripletMarginLoss")
-    for page, title in [("miners", "ContextualSimilarityMiner"), ("regularizers", "ClassInterfer")]:
-        assert f"## {title}" in (tree / "docs" / f"{page}.md").read_text()
+def test_docs_have_an_entry_each_in_the_order_of_the_alphabet(bare, tree):
+    for page, ours in {
+        "losses": [
+            "CenterContrastiveLoss",
+            "ContextualLoss",
+            "ListwiseDistillationLoss",
+            "ShardedCenterContrastiveLoss",
+        ],
+        "miners": ["ContextualSimilarityMiner"],
+        "regularizers": ["ClassInterferenceRegularizer"],
+    }.items():
+        text = (tree / "docs" / f"{page}.md").read_text()
+        titles = re.findall(r"(?m)^## (\w+)", text)
+        assert all(titles.count(title) == 1 for title in ours)
+        theirs = re.findall(r"(?m)^## (\w+)", bare[f"docs/{page}.md"].decode())
+        assert [title for title in titles if title not in ours] == theirs
+        for title in ours:
+            before = titles[: titles.index(title)]
+            assert all(other.lower() < title.lower() for other in before)
+    contextual, contrastive = (
+        f"    - [{name}](losses.md#{name.lower()})"
+        for name in ("ContextualLoss", "ContrastiveLoss")
+    )
+    assert f"{contextual}\n{contrastive}" in (tree / "docs" / "losses.md").read_text()
 
 
 @pytest.mark.skipif("PML_CHECKOUT" not in os.environ, reason="registries have no tests of PML")
