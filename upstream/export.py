@@ -38,6 +38,11 @@ EDITS = [
     (f"src/{THEIRS}/losses/cross_batch_memory.py", '"ContextualLoss",', '"ContrastiveLoss",'),
     (f"src/{THEIRS}/losses/self_supervised_loss.py", '"ContextualLoss",', '"ContrastiveLoss",'),
     (
+        "tests/losses/test_self_supervised_loss.py",  # it wants all that are supported
+        "losses.ContextualLoss(),",
+        "losses.ContrastiveLoss(),",
+    ),
+    (
         "docs/losses.md",
         "- [ContextualLoss](losses.md#contextualloss)",
         "- [ContrastiveLoss](losses.md#contrastiveloss)",
@@ -60,7 +65,7 @@ def export(checkout: Path) -> None:
         target = checkout / path.relative_to(HERE)
         if path.name != "__init__.py" or not target.exists():  # PML's own packages stay
             write(target, path.read_text())
-    # Source distributions have no docs.
+    # Source distributions have neither tests nor docs.
     for name, line, before in EDITS:
         if (checkout / name).exists():
             insert_line(checkout / name, line, before)
