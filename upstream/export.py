@@ -86,19 +86,22 @@ def check_version(package: Path) -> None:
 
 def write_module(module: str, source: str, package: Path) -> None:
     target = their_module(module)
-    if module.endswith("__init__"):
-        path = package / Path(*target.split(".")).with_suffix(".py")
-        exports = "".join(
-            ast.unparse(node) + "\n"
-            for node in ast.parse(source).body
-            if isinstance(node, ast.ImportFrom)
-            and f"{module.removesuffix('.__init__')}.{node.module}" not in LEFT_OUT
-        )
+    path = package / Path(*target.split(".")).with_suffix(".py")
+    if path.name == "__init__.py":
         theirs = path.read_text() if path.exists() else ""
-        write(path, theirs + exports)
+        write(path, theirs + exports(module, source))
     else:
-        path = package / Path(*target.split(".")).with_suffix(".py")
         write(path, with_their_imports(source, module, target, package))
+
+
+def exports(module: str, source: str) -> str:
+    """The import statements of a package, which are its exports."""
+    return "".join(
+        ast.unparse(node) + "\n"
+        for node in ast.parse(source).body
+        if isinstance(node, ast.ImportFrom)
+        and f"{module.removesuffix('.__init__')}.{node.module}" not in LEFT_OUT
+    )
 
 
 def their_module(module: str) -> str:
