@@ -1,0 +1,32 @@
+import unittest
+
+import torch
+from pytorch_metric_learning.evaluation import ContextualKNN
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+from torch.nn.functional import normalize
+
+from .. import TEST_DEVICE
+
+
+class TestContextualKNN(unittest.TestCase):
+    def setUp(self):
+        torch.manual_seed(0)
+        self.embeddings = torch.randn(40, 8, device=TEST_DEVICE)
+
+    def test_distance_alone_is_plain_search(self):
+        knn = ContextualKNN(num_neighbors=5, distance_weight=1.0)
+        _, indices = knn(self.embeddings, 7, self.embeddings, True)
+        x = normalize(self.embeddings)
+        expected = (x @ x.T).fill_diagonal_(-2).topk(7).indices
+        self.assertTrue(torch.equal(indices, expected))
+
+    def test_in_accuracy_calculator(self):
+        labels = torch.arange(4, device=TEST_DEVICE).repeat_interleave(10)
+        embeddings = torch.eye(8, device=TEST_DEVICE)[labels] + 0.05 * self.embeddings
+        calculator = AccuracyCalculator(
+            include=("mean_average_precision_at_r",),
+            k="max_bin_count",
+            knn_func=ContextualKNN(num_neighbors=8),
+        )
+        accuracy = calculator.get_accuracy(embeddings, labels)
+        self.assertEqual(accuracy["mean_average_precision_at_r"], 1)

@@ -1,0 +1,20 @@
+import unittest
+
+import torch
+from pytorch_metric_learning.evaluation import LabelTrust
+
+from .. import TEST_DEVICE
+
+
+class TestLabelTrust(unittest.TestCase):
+    def test_finds_the_wrong_labels(self):
+        torch.manual_seed(0)
+        truth = torch.arange(4).repeat_interleave(10)
+        embeddings = torch.eye(8)[truth] + 0.05 * torch.randn(40, 8)
+        labels = truth.clone()
+        wrong = torch.tensor([3, 17, 31])
+        labels[wrong] = (labels[wrong] + 1) % 4
+        trust = LabelTrust(labels, num_neighbors=8).to(TEST_DEVICE)
+        trust.look(embeddings.to(TEST_DEVICE))
+        self.assertEqual(set(trust.distrusted().tolist()), set(wrong.tolist()))
+        self.assertTrue(torch.equal(trust.winner.cpu(), truth))
