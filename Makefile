@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Threads that wait for one another by spinning take the core from those that have work to do.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-long lint format clean
+.PHONY: demo test test-long packages lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/train.py --loss contextual --dataset digits --out runs/demo --overwrite
@@ -16,6 +16,9 @@ test: lint
 
 test-long: lint
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -n auto -m "long or not long"
+
+packages:
+	$(PYTHON) .ci/packages
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check
