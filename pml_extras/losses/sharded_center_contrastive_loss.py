@@ -86,7 +86,6 @@ class ShardedCenterContrastiveLoss(CenterContrastiveLoss):
             (To look at labels and shapes of all ranks, a GPU has to be waited for at each step.)
 
     Source: that of :class:`CenterContrastiveLoss`; the division of the classes among ranks is ours.
-    Needs torch >= 2.5.
 
     Example:
         >>> import torch, torch.distributed as dist
@@ -112,10 +111,7 @@ class ShardedCenterContrastiveLoss(CenterContrastiveLoss):
     def make_bank(self) -> None:
         if self.weight_regularizer is not None:
             raise ValueError("weight_regularizer is not supported with sharded centers")
-        try:
-            from torch.distributed.tensor import Shard, zeros
-        except ImportError as error:
-            raise ImportError("ShardedCenterContrastiveLoss needs torch >= 2.5") from error
+        from torch.distributed.tensor import Shard, zeros  # which some builds of torch lack
 
         def bank(*size: int, dtype: torch.dtype | None = None) -> Tensor:
             return zeros(*size, dtype=dtype, device_mesh=self.device_mesh, placements=[Shard(0)])
