@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from .cosine import through_norm, unit_and_norms, unit_rows
+from .cosine import SMALLEST_NORM, through_norm, unit_and_norms, unit_rows
 
 # Up to this many logits, the fewer steps are the faster ones.
 FEW = 1 << 16
@@ -109,7 +110,9 @@ class _NegativeLogSumExp(torch.autograd.Function):
         if held is not None:
             by_own = by_own * held[:, None]
         if mean_center is not None:
-            own, _ = unit_and_norms(centers.index_select(0, labels))
+            # Not unit_and_norms: up to torch 2.7 at least, torch.compile confuses what backward
+            # makes with what forward saved, where their variables have the same name.
+            own = normalize(centers.index_select(0, labels), eps=SMALLEST_NORM)
             by_unit = own.mul_(by_own).addcmul_(by_total, mean_center)
             by_embeddings = through_norm(by_unit, unit, norms, out=by_unit)
         if ctx.needs_input_grad[1]:

@@ -348,7 +348,15 @@ def go_on(
     return whole_state(loss_func)
 
 
-@pytest.mark.parametrize("center_update", ["gradient", "average"])
+# "average" leaves a parameter group of the optimizer empty.
+NO_PARAMETERS = pytest.mark.skipif(
+    torch.__version__ < (2, 7), reason="set_state_dict loses the settings of empty groups"
+)
+
+
+@pytest.mark.parametrize(
+    "center_update", ["gradient", pytest.param("average", marks=NO_PARAMETERS)]
+)
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:Detected an existing")
 def test_checkpoints_go_on_at_another_world_size(tmp_path, center_update):
     steps = iter(range(10))
