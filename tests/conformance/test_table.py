@@ -78,6 +78,7 @@ def combinations() -> str:
     return "\n".join(lines)
 
 
-def test_the_readme_says_what_goes_together():
-    readme = Path(__file__).parents[2] / "README.md"
-    assert combinations() in readme.read_text(), combinations()
+@pytest.mark.parametrize("page", ["README.md", "docs/plugs-in.md"])
+def test_the_pages_say_what_goes_together(page):
+    text = (Path(__file__).parents[2] / page).read_text()
+    assert combinations() in text, combinations()
