@@ -31,8 +31,8 @@ PLACES = {
     "distillation": "distillation",
     "inference": "evaluation",
 }
-# Subclasses of PML's wrappers, which can be edited there instead.
-LEFT_OUT = {"losses.wrappers"}
+# Subclasses of PML's wrappers, which can be edited there instead, and what our bug reports need.
+LEFT_OUT = {"losses.wrappers", "__main__"}
 # The lists of supported losses: (file, line, the line before which it goes wherever that is).
 EDITS = [
     (f"src/{THEIRS}/losses/cross_batch_memory.py", '"ContextualLoss",', '"ContrastiveLoss",'),
