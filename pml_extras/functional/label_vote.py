@@ -39,16 +39,17 @@ def class_vote(context: Tensor, labels: Tensor, ref_labels: Tensor, excluded: Te
     """
     classes, numbers = torch.unique(torch.cat([labels, ref_labels]), return_inverse=True)
     own_class, ref_class = numbers[: len(labels), None], numbers[len(labels) :]
-    votes = _count(context, ref_class, excluded, len(classes))
-    own, total = votes.gather(1, own_class).squeeze(1), votes.sum(1)
-    strongest_other = votes.scatter(1, own_class, 0).amax(1)
-    return ClassVote(torch.where(total > 0, own / total, 0.5), own >= strongest_other)
+    votes, own, total = _tally(context, own_class, ref_class, excluded, len(classes))
+    return ClassVote(torch.where(total > 0, own / total, 0.5), own == votes.amax(1))
 
 
-def _count(context: Tensor, ref_class: Tensor, excluded: Tensor, num_classes: int) -> Tensor:
-    """(N, C) the votes for each class."""
+def _tally(
+    context: Tensor, own_class: Tensor, ref_class: Tensor, excluded: Tensor, num_classes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The votes for each class, (N, C), those for the own one, (N,), and all together, (N,)."""
     votes = context.new_zeros(len(context), num_classes)
-    return votes.index_add_(1, ref_class, context.masked_fill(excluded, 0))
+    votes.index_add_(1, ref_class, context.masked_fill(excluded, 0))
+    return votes, votes.gather(1, own_class).squeeze(1), votes.sum(1)
 
 
 class LabelVote(NamedTuple):
@@ -95,12 +96,11 @@ def label_vote(embeddings: Tensor, labels: Tensor, num_neighbors: int = 40) -> L
     parts = []
     for rows in blocks(n, n, device):
         itself = rows[:, None] == torch.arange(n, device=device)
-        votes = _count(context(rows), numbers, itself, len(classes))
-        own_class = numbers[rows, None]
-        own, total = votes.gather(1, own_class).squeeze(1), votes.sum(1)
+        own_class = numbers[rows]
+        votes, own, total = _tally(context(rows), own_class[:, None], numbers, itself, len(classes))
         most, winner = votes.max(1)
         trusted = own == most
-        by_chance = (sizes[numbers[rows]] - 1).clamp_min(1) / max(n - 1, 1)
+        by_chance = (sizes[own_class] - 1).clamp_min(1) / max(n - 1, 1)
         support = torch.where(total > 0, own / total / by_chance, 1)
-        parts.append(LabelVote(support, trusted, classes[winner.where(~trusted, numbers[rows])]))
+        parts.append(LabelVote(support, trusted, classes[winner.where(~trusted, own_class)]))
     return LabelVote(*(torch.cat(part) for part in zip(*parts, strict=True)))
