@@ -16,7 +16,7 @@ copyright = author
 version = release = pml_extras.__version__
 
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
@@ -26,6 +26,8 @@ extensions = [
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 3
+nb_execution_mode = "off"  # the notebooks show what they printed at their full size
+nb_merge_streams = True
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings give shapes, too
 autodoc_class_signature = "mixed"

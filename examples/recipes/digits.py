@@ -6,6 +6,7 @@ is what examples/train.py measures; ten classes are too few for that.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from pytorch_metric_learning.distances import CosineSimilarity
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
@@ -13,6 +14,11 @@ from pytorch_metric_learning.utils.inference import CustomKNN
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
+
+
+def seed_everything(seed: int = 0) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # with which PML's samplers draw
 
 
 def load() -> tuple[TensorDataset, TensorDataset]:

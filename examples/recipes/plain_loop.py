@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from digits import build_model, embed, load, map_at_r
+from digits import build_model, embed, load, map_at_r, seed_everything
 from pytorch_metric_learning.losses import MultiSimilarityLoss
 from pytorch_metric_learning.samplers import MPerClassSampler
 from torch.utils.data import DataLoader
@@ -19,7 +19,7 @@ from pml_extras.miners import ContextualSimilarityMiner
 
 
 def main(epochs: int = 5) -> float:
-    torch.manual_seed(0)
+    seed_everything()
     train, test = load()
     model = build_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
