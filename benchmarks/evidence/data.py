@@ -165,21 +165,28 @@ class Batches:
         assert isinstance(images.source, Tensor)
         self.pixels = images.source.to(device)
         self.labels = torch.tensor(images.labels, device=device)
-        self.flip = images.flip
-        size = steps * sizes.batch
+        self.flip, self.sizes, self.by_class, self.steps = images.flip, sizes, by_class, steps
+        self.leave_out(())
+
+    def leave_out(self, indices: Sequence[int]) -> None:
+        """From now on, draw none of these images, and all others."""
+        kept = np.delete(np.arange(len(self.labels)), indices)
+        count = self.steps * self.sizes.batch
+        labels = self.labels[kept].cpu()
         sampler = (
-            MPerClassSampler(images.labels, sizes.per_class, sizes.batch, size)
-            if by_class
-            else RandomSampler(range(len(images)), num_samples=size)
+            MPerClassSampler(labels, self.sizes.per_class, self.sizes.batch, count)
+            if self.by_class
+            else RandomSampler(range(len(kept)), num_samples=count)
         )
-        self.indices = BatchSampler(sampler, sizes.batch, drop_last=True)
+        self.kept = torch.from_numpy(kept).to(self.pixels.device)
+        self.indices = BatchSampler(sampler, self.sizes.batch, drop_last=True)
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for indices in self.indices:
-            chosen = torch.tensor(indices, device=self.pixels.device)
+            chosen = self.kept[indices]
             batch = normalized(self.pixels[chosen])
             if self.flip:
                 mirrored = torch.rand(len(batch), device=batch.device) < 0.5

@@ -25,10 +25,10 @@ from pml_extras.functional import label_vote, pairwise_cosine
 from pml_extras.inference import LabelTrust
 
 from . import training
-from .data import ROOT, Batches, load_training
-from .plan import DATASETS, METHODS, PRESETS, Cell, Preset, Setting, Sizes, assemble
+from .data import ROOT, load_training
+from .plan import DATASETS, PRESETS, Cell, Preset, Setting
 from .records import Record, Results, appending, read
-from .run import RESULTS, workers
+from .run import RESULTS, Trained, Where, train, workers
 
 CONDITIONS = ("clean", "noise10", "noise30", "noise50")
 METHOD = "contrastive"
@@ -38,23 +38,19 @@ NEIGHBORS = 40  # as LabelTrust has it
 
 def measure(preset: Preset, cell: Cell, setting: Setting, seed: int, root: Path) -> Record:
     """Train, look after each epoch, and compare what is distrusted with what is wrong."""
+    where = Where(root, cache=Path())  # from scratch there is nothing to keep
     given = load_training(cell.dataset, cell.start, cell.condition, seed, root)
-    images, budget, device = given.images, preset.budget, torch.device("cpu")
-    method = METHODS[cell.method]
-    training.seed_everything(seed)
-    network = training.build_network(images, budget)
-    sizes = Sizes.of(method, len(images.names), budget.embedding_size, budget.batch_size)
-    parts = assemble(method, setting, sizes, network, budget.epochs)
-    batches = Batches(images, sizes, True, budget.steps, device)
+    images, device = given.images, torch.device(where.device)
     trust = LabelTrust(images.labels, NEIGHBORS)
     plain = torch.zeros(len(images))
 
-    def after_epoch(epoch: int, loss: float) -> None:
-        embeddings = training.embed(network, images, device)
-        trust.look(embeddings)
-        plain.add_(share_of_nearest(embeddings, trust.labels))
+    def look(epoch: int, loss: float | None, trained: Trained) -> None:
+        if epoch > 0:
+            embeddings = training.embed(trained.network, images, device)
+            trust.look(embeddings)
+            plain.add_(share_of_nearest(embeddings, trust.labels))
 
-    training.fit(network, parts, setting, batches, budget.epochs, after_epoch)
+    network = train(preset, cell, setting, seed, given, where, look).network
     last = label_vote(training.embed(network, images, device), trust.labels, NEIGHBORS).support
     wrong = np.array(images.labels) != np.array(given.true_labels)
     distrusted = (trust.support < 1).numpy()

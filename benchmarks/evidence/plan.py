@@ -1,5 +1,5 @@
 """Everything that is declared before anything is run: methods and their search spaces, datasets,
-conditions, seeds, budgets, and the comparisons that the claims come to.
+conditions, seeds, budgets. The comparisons that the claims come to are in `claims.py`.
 
 A *cell* is a method on a dataset, from a start, under a condition. Each cell's setting is the best
 of the same number of random trials, judged by classes (in classification: images) split off the
@@ -65,6 +65,7 @@ class Method:
     space: Space
     build: Callable[[Setting, Sizes], Parts]
     square_batches: bool = False  # as many classes as samples of a class
+    cleaned: bool = False  # after each epoch, leave out what `LabelTrust` distrusts
     settings: Setting = field(default_factory=dict)  # what is fixed rather than searched
 
     def draw(self, trial: int) -> Setting:
@@ -191,6 +192,14 @@ def mined_late(base: Method) -> Method:
     )
 
 
+def squared(base: Method) -> Method:
+    return replace(base, label=f"{base.label}, square batches", square_batches=True)
+
+
+def cleaned(base: Method) -> Method:
+    return replace(base, label=f"{base.label}, without distrusted labels", cleaned=True)
+
+
 def distilled(base: Method) -> Method:
     # `assemble` wraps the loss, because the teacher needs the network.
     return replace(base, label=f"{base.label} + LSD", space=base.space | {"alpha_lsd": log(1, 300)})
@@ -291,6 +300,7 @@ SOFTMAX = Method(
     lambda s, n: Parts(SoftmaxLoss(n.classes, n.embedding, s.get("label_smoothing", 0.0))),
 )
 
+SQUARED = ("contrastive", "supcon", "multi_similarity", "center_contrastive_average", "contextual")
 BASELINES["triplet+ms_miner"] = mined(BASELINES["triplet"], "ms_miner")
 MAIN = (*BASELINES, *OURS)
 METHODS: dict[str, Method] = {
@@ -321,6 +331,11 @@ METHODS: dict[str, Method] = {
     "contrastive+context_miner_late+lsd": distilled(
         mined_late(mined(BASELINES["contrastive"], "context_miner"))
     ),
+    # Whether it is the method or the batch: fewer classes, and more samples of each.
+    **{f"{name}_square": squared((BASELINES | OURS)[name]) for name in SQUARED},
+    # What `LabelTrust` is worth while training.
+    **{f"{name}_cleaned": cleaned(BASELINES[name]) for name in ("supcon", "smooth_ap")},
+    "supcon_square_cleaned": cleaned(squared(BASELINES["supcon"])),
     # Classification.
     "softmax": SOFTMAX,
     "softmax_smoothed": replace(
@@ -332,6 +347,8 @@ METHODS: dict[str, Method] = {
 }
 FROM_PML = (*BASELINES, *(f"contrastive+{m}" for m in ("ms_miner", "triplet_miner")))
 FROM_PML += ("triplet+triplet_miner", "softmax", "softmax_smoothed")
+FROM_PML += tuple(f"{name}_square" for name in SQUARED if name in BASELINES)
+CLEANED = tuple(name for name in METHODS if name.endswith("_cleaned"))
 COMBINATIONS = (
     "center_contrastive",
     "center_contrastive+lsd",
@@ -349,6 +366,7 @@ COMBINATIONS = (
     "contrastive+context_miner_late+lsd",
 )
 MINED = tuple(name for name in METHODS if "_miner" in name and "lsd" not in name)
+CONTEXTUAL = ("contextual", "contextual_warmup")
 PROXY_BASED = tuple(name for name in MAIN if METHODS[name].space.keys() & {"proxy_lr", "momentum"})
 
 
@@ -507,6 +525,13 @@ def blocks(datasets: tuple[str, ...], **others: Block) -> dict[str, Block]:
         "distillation": Block(datasets, ("scratch",), ("clean",), distilled_pairs),
         "withheld": Block(datasets, ("scratch",), WITHHELD, MAIN),
         "combinations": Block(datasets, ("scratch",), ("clean", "noise30"), COMBINATIONS),
+        "batches": Block(
+            datasets,
+            ("scratch",),
+            ("clean", "noise30"),
+            tuple(f"{name}_square" for name in SQUARED),
+        ),
+        "cleaned": Block(datasets, ("scratch",), NOISE, CLEANED),
         **others,
     }
 
@@ -528,7 +553,26 @@ PRESETS = {
             noise_cifar100=Block(CIFAR100, SCRATCH, ("noise30",), MAIN),
             withheld=Block(BOTH, SCRATCH, ("withheld75",), MAIN),
             combinations=Block(OMNIGLOT, SCRATCH, ("clean", "noise30"), COMBINATIONS),
+            batches=Block(
+                OMNIGLOT, SCRATCH, ("clean", "noise30"), tuple(f"{name}_square" for name in SQUARED)
+            ),
+            cleaned=Block(OMNIGLOT, SCRATCH, ("noise30", "noise50"), CLEANED),
         ),
+    ),
+    # The small one's network, four times as long: whether centers and proxies, which a batch of 16
+    # classes moves a few at a time, only want more steps.
+    "long": Preset(
+        Budget(epochs=10, steps=100, batch_size=64, width=32, shrink=True, pretraining_epochs=4),
+        trials=6,
+        seeds=5,
+        blocks={
+            "clean": Block(
+                OMNIGLOT,
+                SCRATCH,
+                ("clean",),
+                ("multi_similarity", "contrastive", "supcon", *PROXY_BASED, *CONTEXTUAL),
+            )
+        },
     ),
     # A GPU.
     "full": Preset(
@@ -561,7 +605,7 @@ PRESETS = {
 TRIAL_SEED = 1000  # of every trial: settings differ by nothing else, and by no seed of a table
 
 
-# ---- Claims, and what they come to. `Scores` gives a cell's test scores by seed.
+# ---- What is measured.
 
 MAP = "map_at_r"
 P1 = "precision_at_1"
@@ -569,262 +613,3 @@ FEW_SHOT = tuple(f"{ways}-way {shots}-shot" for ways in (5, 20) for shots in (1,
 RERANKED = "reranked_map_at_r"
 RARE = "rare_map_at_r"
 ACCURACY = "accuracy"
-
-BySeed = dict[int, float]
-Scores = Callable[[Cell, str], BySeed]  # raises NotRunError where a seed is missing
-
-
-class NotRunError(Exception):
-    """Some of the runs that a comparison needs are missing."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Differences by seed, whose 95% interval is to lie above a threshold."""
-
-    label: str
-    differences: Callable[[Scores], list[float]]
-    threshold: float = 0.0
-    unit: str = "points"  # hundredths; or epochs
-
-
-@dataclass(frozen=True)
-class Claim:
-    text: str
-    source: str
-    test: str
-    comparisons: list[Comparison]
-
-
-def minus(a: BySeed, b: BySeed) -> list[float]:
-    return [a[seed] - b[seed] for seed in sorted(a)]
-
-
-def best(scores: Scores, cell: Cell, methods: tuple[str, ...], metric: str) -> str:
-    """The method with the highest mean on the test classes: the hardest to beat."""
-    means = {name: sum(scores(cell._replace(method=name), metric).values()) for name in methods}
-    return max(means, key=means.__getitem__)
-
-
-def above_best(cell: Cell, others: tuple[str, ...], metric: str) -> Callable[[Scores], list[float]]:
-    def differences(scores: Scores) -> list[float]:
-        other = cell._replace(method=best(scores, cell, others, metric))
-        return minus(scores(cell, metric), scores(other, metric))
-
-    return differences
-
-
-def grows(cell: Cell, others: tuple[str, ...]) -> Callable[[Scores], list[float]]:
-    """How much larger the margin over the best of the others is than under clean conditions."""
-
-    def differences(scores: Scores) -> list[float]:
-        margin, before = (
-            above_best(c, others, MAP)(scores) for c in (cell, cell._replace(condition="clean"))
-        )
-        return [a - b for a, b in zip(margin, before, strict=True)]
-
-    return differences
-
-
-def in_half_the_epochs(cell: Cell, others: tuple[str, ...]) -> Callable[[Scores], list[float]]:
-    """Half the epochs that the best of the others takes to its final value (MAP@R on validation
-    classes), less those that this takes to the same."""
-
-    def differences(scores: Scores) -> list[float]:
-        other = cell._replace(method=best(scores, cell, others, MAP))
-        taken = {}
-        for c in (cell, other):
-            curves, finals = scores(c, "curve"), scores(other, "curve")
-            taken[c] = {seed: epochs_to(curves[seed], finals[seed][-1]) for seed in curves}
-        return [taken[other][seed] / 2 - taken[cell][seed] for seed in sorted(taken[cell])]
-
-    return differences
-
-
-def epochs_to(curve: Any, value: float) -> float:
-    """The first epoch, from 0, that reaches the value; if none does, one more than there were."""
-    return next((epoch for epoch, v in enumerate(curve) if v >= value), len(curve))
-
-
-def with_and_without(cell: Cell, without: str, metric: str) -> Callable[[Scores], list[float]]:
-    return lambda scores: minus(scores(cell, metric), scores(cell._replace(method=without), metric))
-
-
-def re_ranked(dataset: str) -> Callable[[Scores], list[float]]:
-    """The mean over the methods: what is compared are seeds."""
-
-    def differences(scores: Scores) -> list[float]:
-        cells = [Cell(dataset, "scratch", "clean", name) for name in MAIN]
-        by_method = [minus(scores(c, RERANKED), scores(c, MAP)) for c in cells]
-        return [sum(column) / len(cells) for column in zip(*by_method, strict=True)]
-
-    return differences
-
-
-def claims(preset: Preset) -> list[Claim]:
-    """The claims, with the comparisons that the preset has cells for."""
-    planned = set(preset.cells())
-    datasets = [name for name in BOTH if any(cell.dataset == name for cell in planned)]
-    baselines = tuple(BASELINES)
-
-    def label(cell: Cell, *more: str) -> str:
-        shown = [DATASETS[cell.dataset].label]
-        if cell.start != "scratch":
-            shown.append("fine-tuned")
-        if cell.condition != "clean":
-            shown.append(CONDITIONS[cell.condition].label)
-        return ", ".join([*shown, *more])
-
-    def centers(method: str) -> list[Comparison]:
-        found = []
-        for dataset in datasets:
-            for start in STARTS:
-                cell = Cell(dataset, start, "clean", method)
-                if cell not in planned:
-                    continue
-                for metric, name in ((P1, "R@1"), (MAP, "MAP@R")):
-                    found.append(Comparison(label(cell, name), above_best(cell, baselines, metric)))
-                found.append(
-                    Comparison(
-                        label(cell, "half the epochs"),
-                        in_half_the_epochs(cell, baselines),
-                        threshold=-0.01,  # exactly half will do
-                        unit="epochs",
-                    )
-                )
-        return found
-
-    def robust(method: str) -> list[Comparison]:
-        found = []
-        for dataset in datasets:
-            for levels in (NOISE, WITHHELD):
-                cells = [Cell(dataset, "scratch", level, method) for level in levels]
-                cells = [cell for cell in cells if cell in planned]
-                if cells:  # the hardest level
-                    cell = cells[-1]
-                    found += [
-                        Comparison(label(cell, "margin"), above_best(cell, baselines, MAP)),
-                        Comparison(label(cell, "growth of the margin"), grows(cell, baselines)),
-                    ]
-        return found
-
-    def miner(name: str) -> list[Comparison]:
-        found = []
-        for dataset in datasets:
-            for base in ("contrastive", "triplet"):
-                cell = Cell(dataset, "scratch", "noise30", f"{base}+{name}")
-                others = (base, f"{base}+ms_miner", f"{base}+triplet_miner")
-                found.append(
-                    Comparison(label(cell, METHODS[base].label), above_best(cell, others, MAP))
-                )
-        return found
-
-    few_shot = Cell("omniglot", "scratch", "clean", "triplet+cir")
-    classes = Cell("cifar100_classes", "scratch", "clean", "softmax+cir")
-    long_tail = Cell("omniglot", "scratch", "long_tail", "center_contrastive")
-    all_claims = [
-        Claim(
-            "CCL is better and faster than proxy and pair losses",
-            "2308.00458",
-            "above the best baseline; its final value in half the epochs",
-            centers("center_contrastive"),
-        ),
-        Claim(
-            "the same, with averaged centers",
-            "the other reading of its center bank",
-            "as above",
-            centers("center_contrastive_average"),
-        ),
-        Claim(
-            "CCL re-balances classes",
-            "2308.00458",
-            "MAP@R on unseen classes of the rare alphabets above ProxyAnchor's",
-            [
-                Comparison(
-                    label(long_tail, "rare alphabets"),
-                    with_and_without(long_tail, "proxy_anchor", RARE),
-                )
-            ],
-        ),
-        Claim(
-            "Contextual is best under label noise and overfits least with little data",
-            "2210.01908",
-            "margin over the best baseline above 0 at the hardest level, and above that when clean",
-            robust("contextual"),
-        ),
-        Claim(
-            "the same, with a warm-up of the contextual term",
-            "ours",
-            "as above",
-            robust("contextual_warmup"),
-        ),
-        Claim(
-            "LSD improves every loss",
-            "2206.08880",
-            "with against without, for each baseline",
-            [
-                Comparison(
-                    f"{DATASETS[dataset].label}, {METHODS[name].label}",
-                    with_and_without(Cell(dataset, "scratch", "clean", f"{name}+lsd"), name, MAP),
-                )
-                for dataset in datasets
-                for name in baselines
-            ],
-        ),
-        Claim(
-            "CIR improves few-shot recognition with the triplet loss",
-            "2009.02396",
-            "with against without, on unseen Omniglot classes",
-            [
-                Comparison(episode, with_and_without(few_shot, "triplet", episode))
-                for episode in FEW_SHOT
-            ],
-        ),
-        Claim(
-            "CIR is on par with label smoothing in classification",
-            "2009.02396",
-            "accuracy at most half a point below label smoothing's",
-            [
-                Comparison(
-                    "CIFAR-100",
-                    with_and_without(classes, "softmax_smoothed", ACCURACY),
-                    threshold=-0.005,
-                )
-            ],
-        ),
-        Claim(
-            "the contextual miner helps under label noise",
-            "ours",
-            "at 30% wrong labels, above the best of no miner, MultiSimilarityMiner and"
-            " TripletMarginMiner",
-            miner("context_miner"),
-        ),
-        Claim(
-            "the same, with a late start of the miner",
-            "ours",
-            "as above",
-            miner("context_miner_late"),
-        ),
-        Claim(
-            "contextual re-ranking improves MAP@R",
-            "ours, cf. 1701.08398",
-            "re-ranked against plain nearest neighbours, mean over the methods",
-            [Comparison(DATASETS[dataset].label, re_ranked(dataset)) for dataset in datasets],
-        ),
-    ]
-    return [claim for claim in all_claims if claim.comparisons and datasets]
-
-
-# What others published, to stand beside a run of `--protocol`: R@1 in percent, by image size.
-PUBLISHED: dict[str, dict[str, list[tuple[int | None, float, str]]]] = {
-    "center_contrastive": {
-        "cub": [(None, 73.45, "2308.00458, ResNet-50")],
-        "cars196": [(None, 91.02, "2308.00458, ResNet-50")],
-        "sop": [(None, 83.10, "2308.00458, ResNet-50")],
-    },
-    "contextual": {
-        "cub": [(256, 68.7, "2210.01908, ResNet-50, 512-d"), (224, 71.9, "2210.01908")],
-        "cars196": [(256, 89.3, "2210.01908, ResNet-50, 512-d"), (224, 91.1, "2210.01908")],
-        "sop": [(256, 83.3, "2210.01908, ResNet-50, 512-d")],
-    },
-}

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from . import training
-from .plan import METHODS, PUBLISHED, Setting, Sizes, assemble
+from .plan import METHODS, Setting, Sizes, assemble
 from .records import Record, appending, read
 
 NAMES = ("cub", "cars196", "sop")
@@ -38,6 +38,20 @@ MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])  # 
 SETTINGS: dict[str, Setting] = {
     "contextual": {"contextual_weight": 0.4, "neg_margin": 0.6, "slack": 0.05},
     "center_contrastive": {"scale": 16.0, "margin": 0.2, "center_weight": 1.5, "proxy_lr": 0.1},
+}
+
+# What others published, to stand beside a run of `--protocol`: R@1 in percent, by image size.
+PUBLISHED: dict[str, dict[str, list[tuple[int | None, float, str]]]] = {
+    "center_contrastive": {
+        "cub": [(None, 73.45, "2308.00458, ResNet-50")],
+        "cars196": [(None, 91.02, "2308.00458, ResNet-50")],
+        "sop": [(None, 83.10, "2308.00458, ResNet-50")],
+    },
+    "contextual": {
+        "cub": [(256, 68.7, "2210.01908, ResNet-50, 512-d"), (224, 71.9, "2210.01908")],
+        "cars196": [(256, 89.3, "2210.01908, ResNet-50, 512-d"), (224, 91.1, "2210.01908")],
+        "sop": [(256, 83.3, "2210.01908, ResNet-50, 512-d")],
+    },
 }
 
 

@@ -29,6 +29,7 @@ from matplotlib.figure import Figure
 from optuna.distributions import BaseDistribution, FloatDistribution
 
 from . import labels, protocol
+from .claims import Claim, NotRunError, claims, minus
 from .plan import (
     ACCURACY,
     BASELINES,
@@ -53,10 +54,6 @@ from .plan import (
     STARTS,
     WITHHELD,
     Cell,
-    Claim,
-    NotRunError,
-    claims,
-    minus,
 )
 from .records import Record, Results, read
 from .run import RESULTS

@@ -37,13 +37,16 @@ from torch import nn
 from tqdm import tqdm
 
 import pml_extras
+from pml_extras.inference import LabelTrust
 
 from . import protocol, training
 from .data import ROOT, Batches, Training, load_test, load_training
 from .plan import (
+    ACCURACY,
     CONDITIONS,
     DATASETS,
     FEW_SHOT,
+    MAP,
     METHODS,
     PRESETS,
     PRETRAINING,
@@ -71,9 +74,8 @@ class Where(NamedTuple):
 class Trained(NamedTuple):
     network: nn.Module
     parts: Parts
-    history: list[Record]
+    sizes: Sizes
     cost: dict[str, Any]
-    validation: float
 
 
 # ---- One run.
@@ -82,17 +84,27 @@ class Trained(NamedTuple):
 def run_trial(preset: Preset, cell: Cell, setting: Setting, trial: int, where: Where) -> Record:
     """Train with a setting and score it. What this is given holds no test class."""
     given = load_training(cell.dataset, cell.start, cell.condition, TRIAL_SEED, where.root)
-    trained = train(preset, cell, setting, TRIAL_SEED, given, where, curve=False)
-    return record(preset, cell, setting, where, trained) | {"trial": trial}
+    trained = train(preset, cell, setting, TRIAL_SEED, given, where)
+    scores = validate(cell, trained, given, where)
+    return record(preset, cell, setting, where, trained, scores) | {"trial": trial}
 
 
 def run_test(preset: Preset, cell: Cell, setting: Setting, seed: int, where: Where) -> Record:
-    """Train with the chosen setting and look at the test classes, once."""
+    """Train with the chosen setting, measuring validation data and probes after each epoch, and
+    look at the test classes, once."""
     given = load_training(cell.dataset, cell.start, cell.condition, seed, where.root)
-    trained = train(preset, cell, setting, seed, given, where, curve=True)
+    probes = training.Probes(given, torch.device(where.device))
+    history: list[Record] = []
+
+    def after_epoch(epoch: int, loss: float | None, trained: Trained) -> None:
+        measured = probes.measure(trained.network, trained.parts, trained.sizes.per_class)
+        row = {"epoch": epoch, "loss": loss, **validate(cell, trained, given, where)}
+        history.append(rounded(row) | {"probes": measured})
+
+    trained = train(preset, cell, setting, seed, given, where, after_epoch)
+    found = record(preset, cell, setting, where, trained, history[-1]) | {"seed": seed}
     scores = measure_test(cell, trained, given, seed, where)
-    found = record(preset, cell, setting, where, trained) | {"seed": seed}
-    return found | {"history": trained.history, "test": rounded(scores)}
+    return found | {"history": history, "test": rounded(scores)}
 
 
 def train(
@@ -102,9 +114,9 @@ def train(
     seed: int,
     given: Training,
     where: Where,
-    curve: bool,
+    after_epoch: Callable[[int, float | None, Trained], None] = lambda epoch, loss, trained: None,
 ) -> Trained:
-    """With `curve`, also measures validation data and probes after each epoch."""
+    """The number, from 0, and the mean loss of each epoch go to `after_epoch`."""
     budget, spec, method = preset.budget, DATASETS[cell.dataset], METHODS[cell.method]
     device = torch.device(where.device)
     images = given.images
@@ -118,31 +130,33 @@ def train(
     parts.loss.to(device)
     by_class = not spec.classification and CONDITIONS[cell.condition].imbalance == 1
     batches = Batches(images, sizes, by_class, budget.steps, device)
-    probes = training.Probes(given, device) if curve else None
-    history: list[Record] = []
+    trust = LabelTrust(images.labels)
+    trained = Trained(network, parts, sizes, {})
+    after_epoch(0, None, trained)
 
-    def validate() -> dict[str, float]:
-        if spec.classification:
-            return training.classification(network, parts.loss, given.validation, device)
-        embeddings = training.embed(network, given.validation, device)
-        include = ["precision_at_1", "map_at_r"]
-        return training.retrieval(embeddings, given.validation.labels, include=include)
+    def look_then(epoch: int, loss: float) -> None:
+        if method.cleaned:
+            distrusted = trust.look(training.embed(network, images, device)).distrusted()
+            batches.leave_out(distrusted.tolist())
+        after_epoch(epoch, loss, trained)
 
-    def after_epoch(epoch: int, loss: float | None) -> None:
-        if probes:
-            measured = probes.measure(network, parts, sizes.per_class)
-            row = {"epoch": epoch, "loss": loss, **validate()}
-            history.append(rounded(row) | {"probes": measured})
-
-    after_epoch(0, None)
     training.seed_everything(seed)  # the same batches for all methods
     try:
-        cost = training.fit(network, parts, setting, batches, budget.epochs, after_epoch)
-        primary = "accuracy" if spec.classification else "map_at_r"
-        validation = (history[-1] if curve else validate())[primary]
+        cost = training.fit(network, parts, setting, batches, budget.epochs, look_then)
     except training.DivergedError as error:
-        cost, validation = {"diverged": str(error)}, 0.0
-    return Trained(network, parts, history, cost, validation)
+        cost = {"diverged": str(error)}
+    return trained._replace(cost=cost)
+
+
+def validate(cell: Cell, trained: Trained, given: Training, where: Where) -> dict[str, float]:
+    device = torch.device(where.device)
+    if DATASETS[cell.dataset].classification:
+        return training.classification(
+            trained.network, trained.parts.loss, given.validation, device
+        )
+    embeddings = training.embed(trained.network, given.validation, device)
+    include = ["precision_at_1", "map_at_r"]
+    return training.retrieval(embeddings, given.validation.labels, include=include)
 
 
 def pretrained(preset: Preset, dataset: str, seed: int, where: Where) -> dict[str, Any]:
@@ -196,12 +210,20 @@ def measure_test(
     return scores
 
 
-def record(preset: Preset, cell: Cell, setting: Setting, where: Where, trained: Trained) -> Record:
+def record(
+    preset: Preset,
+    cell: Cell,
+    setting: Setting,
+    where: Where,
+    trained: Trained,
+    scores: dict[str, Any],  # on validation data
+) -> Record:
+    primary = ACCURACY if DATASETS[cell.dataset].classification else MAP
     return {
         **cell._asdict(),
         "setting": setting,
         "budget": preset.describe(),
-        "validation": round(trained.validation, 5),
+        "validation": 0.0 if "diverged" in trained.cost else round(scores[primary], 5),
         **rounded(trained.cost),
         "device": where.device,
         "threads": torch.get_num_threads(),

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from .plan import Cell, Claim, Comparison, NotRunError
+from .claims import Claim, Comparison, NotRunError
+from .plan import Cell
 from .records import Results
 
 HOLDS, NOT_HERE, CONTRARY, NOT_RUN = "holds", "does not hold here", "contrary", "not run"

@@ -12,7 +12,7 @@ from datasets import Images
 
 from benchmarks.evidence import data, run
 from benchmarks.evidence.data import load_test, load_training
-from benchmarks.evidence.plan import CONDITIONS, METHODS, PRESETS, Cell
+from benchmarks.evidence.plan import CONDITIONS, METHODS, PRESETS, Cell, Sizes
 
 UNSEEN = set(range(60, 80))
 ALL = [(start, condition) for start in ("scratch", "finetune") for condition in CONDITIONS]
@@ -40,9 +40,9 @@ def tensors_within(root):
 def test_selection_cannot_see_test_classes(start, condition, omniglot, tmp_path, monkeypatch):
     given = []
 
-    def look(preset, cell, setting, seed, training, where, curve):
+    def look(preset, cell, setting, seed, training, where):
         given.append((training, setting))
-        return run.Trained(torch.nn.Identity(), None, [], {}, 0.5)
+        return run.Trained(torch.nn.Flatten(), None, None, {})
 
     def load_test(*arguments):
         raise AssertionError("selection asked for test classes")
@@ -184,3 +184,26 @@ def test_the_real_splits():
     assert len(given.images.names) + len(given.validation.names) == 964
     assert len(test.names) == 659
     assert not set(test.names) & {*given.images.names, *given.validation.names}
+
+
+@pytest.mark.parametrize("by_class", [True, False])
+def test_batches_leave_out(by_class):
+    images = Images(
+        torch.arange(40, dtype=torch.uint8).view(-1, 1, 1, 1), [i % 4 for i in range(40)],
+        list("abcd"), 1,
+    )  # fmt: skip
+    sizes = Sizes(classes=4, embedding=2, per_class=2, batch=8)
+    batches = data.Batches(images, sizes, by_class, 30, torch.device("cpu"))
+
+    def drawn():
+        pixels, labels = zip(*batches, strict=True)
+        numbers = ((torch.cat(pixels).flatten() + 1) * 127.5).round().long()
+        assert torch.equal(numbers % 4, torch.cat(labels))
+        return set(numbers.tolist())
+
+    assert drawn() == set(range(40))
+    batches.leave_out([3, 7, 8])
+    assert drawn() == set(range(40)) - {3, 7, 8}
+    batches.leave_out([0])
+    assert drawn() == set(range(1, 40))
+    assert len(batches) == 30

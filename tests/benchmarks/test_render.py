@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks.evidence import plan, records, render, run
+from benchmarks.evidence import claims, plan, records, render, run
 from benchmarks.evidence.plan import METHODS, PRESETS, Cell
 
 PRESET = replace(PRESETS["small"], trials=1, seeds=2)
@@ -57,7 +57,7 @@ def page(lines, tmp_path):
 
 def test_nothing_was_run(tmp_path):
     text = page([], tmp_path)
-    assert text.count("**not run**") == len(plan.claims(PRESET))
+    assert text.count("**not run**") == len(claims.claims(PRESET))
     assert "NaN" not in text
     assert not list((tmp_path / "docs").rglob("*.png"))
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import UserError
 
-from benchmarks.evidence import plan, records, run
+from benchmarks.evidence import claims, plan, records, run
 from benchmarks.evidence.plan import METHODS, PRESETS, Block, Budget, Cell, Preset
 
 TINY = Preset(
@@ -97,9 +97,9 @@ def test_the_plan_has_runs_for_every_comparison(name):
         curve = [0.1] * (preset.budget.epochs + 1)
         return dict.fromkeys(range(preset.seeds), curve if metric == "curve" else 0.5)
 
-    claims = plan.claims(preset)
-    assert len(claims) >= 8
-    for comparison in (c for claim in claims for c in claim.comparisons):
+    found = claims.claims(preset)
+    assert len(found) >= 8
+    for comparison in (c for claim in found for c in claim.comparisons):
         assert len(comparison.differences(scores)) == preset.seeds
     assert {cell for cell, _ in asked} <= cells
     for cell, metric in asked:
@@ -266,3 +266,30 @@ def test_the_command_line(tmp_path, capsys):
     assert "0 of 4 runs" in capsys.readouterr().out
     missing = ["--data-root", str(tmp_path / "none"), "--only", "omniglot/scratch/clean/triplet"]
     assert run.main(["--preset", "small", *where, *missing]) == 1  # said for each run
+
+
+def test_cleaning_leaves_out_what_is_distrusted(tmp_path, monkeypatch):
+    """From the epoch after the look on, and for good only as long as it is distrusted."""
+    left_out, looks = [], []
+
+    class Batches(run.Batches):
+        def leave_out(self, indices):
+            left_out.append(list(indices))
+            super().leave_out(indices)
+
+    class Trust(run.LabelTrust):
+        def distrusted(self):
+            looks.append(int(self.looks))
+            return torch.tensor([int(self.looks)])
+
+    monkeypatch.setattr(run, "Batches", Batches)
+    monkeypatch.setattr(run, "LabelTrust", Trust)
+    preset = PRESETS["smoke"]
+    given = run.load_training("digits", "scratch", "clean", 0, tmp_path)
+    where = run.Where(tmp_path, tmp_path)
+    for method, expected in {"supcon_cleaned": [[], [1], [2]], "supcon": [[]]}.items():
+        left_out.clear()
+        cell = Cell("digits", "scratch", "clean", method)
+        run.train(preset, cell, METHODS[method].draw(0), 0, given, where)
+        assert left_out == expected
+    assert looks == [1, 2]

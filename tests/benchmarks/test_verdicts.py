@@ -9,9 +9,7 @@ import pytest
 from scipy import stats
 
 from benchmarks.evidence import verdicts
-from benchmarks.evidence.plan import (
-    MAP,
-    Cell,
+from benchmarks.evidence.claims import (
     Claim,
     Comparison,
     NotRunError,
@@ -21,6 +19,7 @@ from benchmarks.evidence.plan import (
     in_half_the_epochs,
     with_and_without,
 )
+from benchmarks.evidence.plan import MAP, Cell
 from benchmarks.evidence.verdicts import CONTRARY, HOLDS, NOT_HERE, NOT_RUN, Interval, interval
 
 CELL = Cell("omniglot", "scratch", "clean", "ours")
