@@ -97,6 +97,20 @@ def test_reports_on_labels_are_a_table(tmp_path):
     assert "| Omniglot, 30% wrong labels | 25.0 ± 0.0 | 55.0 ± 63.5 |" in text
 
 
+def test_the_longer_preset_has_a_section(tmp_path):
+    preset = PRESETS["long"]
+    lines = made_up(preset, lambda job: job.cell.method in ("supcon", "contextual"))
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    text = page([], tmp_path)
+    section = text.split("## With more steps")[1].split("\n## ")[0]
+    assert "for 10 epochs of 100 batches" in section
+    rows = [row.split("|")[1].strip() for row in section.splitlines() if row.startswith("|")]
+    assert set(rows[2:]) == {METHODS[cell.method].label for cell in preset.cells()}
+    assert {p.name for p in (tmp_path / "docs" / "evidence-long").iterdir()} == {
+        "curves.png", "cost.png",
+    }  # fmt: skip
+
+
 def test_some_were_run(tmp_path):
     def kept(job):
         return job.cell.dataset == "omniglot" and job.cell.condition == "clean" and (
