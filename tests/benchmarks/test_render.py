@@ -97,8 +97,9 @@ def test_reports_on_labels_are_a_table(tmp_path):
     assert "| Omniglot, 30% wrong labels | 25.0 ± 0.0 | 55.0 ± 63.5 |" in text
 
 
-def test_the_longer_preset_has_a_section(tmp_path):
-    preset = PRESETS["long"]
+def test_the_longer_preset_has_a_section(tmp_path, monkeypatch):
+    preset = replace(PRESETS["long"], trials=1, seeds=2)
+    monkeypatch.setitem(PRESETS, "long", preset)
     lines = made_up(preset, lambda job: job.cell.method in ("supcon", "contextual"))
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     text = page([], tmp_path)
