@@ -65,6 +65,7 @@ class Method:
     space: Space
     build: Callable[[Setting, Sizes], Parts]
     square_batches: bool = False  # as many classes as samples of a class
+    random_batches: bool = False  # drawn as the images come, not some of each class
     cleaned: bool = False  # after each epoch, leave out what `LabelTrust` distrusts
     settings: Setting = field(default_factory=dict)  # what is fixed rather than searched
 
@@ -196,6 +197,10 @@ def squared(base: Method) -> Method:
     return replace(base, label=f"{base.label}, square batches", square_batches=True)
 
 
+def at_random(base: Method) -> Method:
+    return replace(base, label=f"{base.label}, random batches", random_batches=True)
+
+
 def cleaned(base: Method) -> Method:
     return replace(base, label=f"{base.label}, without distrusted labels", cleaned=True)
 
@@ -300,6 +305,11 @@ SOFTMAX = Method(
     lambda s, n: Parts(SoftmaxLoss(n.classes, n.embedding, s.get("label_smoothing", 0.0))),
 )
 
+PROXY_BASED = tuple(
+    name
+    for name, method in (BASELINES | OURS).items()
+    if method.space.keys() & {"proxy_lr", "momentum"}
+)
 SQUARED = ("contrastive", "supcon", "multi_similarity", "center_contrastive_average", "contextual")
 BASELINES["triplet+ms_miner"] = mined(BASELINES["triplet"], "ms_miner")
 MAIN = (*BASELINES, *OURS)
@@ -333,6 +343,8 @@ METHODS: dict[str, Method] = {
     ),
     # Whether it is the method or the batch: fewer classes, and more samples of each.
     **{f"{name}_square": squared((BASELINES | OURS)[name]) for name in SQUARED},
+    # These need no two images of a class, so a batch may show as many classes as it has images.
+    **{f"{name}_random": at_random((BASELINES | OURS)[name]) for name in PROXY_BASED},
     # What `LabelTrust` is worth while training.
     **{f"{name}_cleaned": cleaned(BASELINES[name]) for name in ("supcon", "smooth_ap")},
     "supcon_square_cleaned": cleaned(squared(BASELINES["supcon"])),
@@ -348,6 +360,8 @@ METHODS: dict[str, Method] = {
 FROM_PML = (*BASELINES, *(f"contrastive+{m}" for m in ("ms_miner", "triplet_miner")))
 FROM_PML += ("triplet+triplet_miner", "softmax", "softmax_smoothed")
 FROM_PML += tuple(f"{name}_square" for name in SQUARED if name in BASELINES)
+FROM_PML += tuple(f"{name}_random" for name in PROXY_BASED if name in BASELINES)
+BATCHES = (*(f"{name}_random" for name in PROXY_BASED), *(f"{name}_square" for name in SQUARED))
 CLEANED = tuple(name for name in METHODS if name.endswith("_cleaned"))
 COMBINATIONS = (
     "center_contrastive",
@@ -367,7 +381,6 @@ COMBINATIONS = (
 )
 MINED = tuple(name for name in METHODS if "_miner" in name and "lsd" not in name)
 CONTEXTUAL = ("contextual", "contextual_warmup")
-PROXY_BASED = tuple(name for name in MAIN if METHODS[name].space.keys() & {"proxy_lr", "momentum"})
 
 
 def assemble(
@@ -525,12 +538,7 @@ def blocks(datasets: tuple[str, ...], **others: Block) -> dict[str, Block]:
         "distillation": Block(datasets, ("scratch",), ("clean",), distilled_pairs),
         "withheld": Block(datasets, ("scratch",), WITHHELD, MAIN),
         "combinations": Block(datasets, ("scratch",), ("clean", "noise30"), COMBINATIONS),
-        "batches": Block(
-            datasets,
-            ("scratch",),
-            ("clean", "noise30"),
-            tuple(f"{name}_square" for name in SQUARED),
-        ),
+        "batches": Block(datasets, ("scratch",), ("clean", "noise30"), BATCHES),
         "cleaned": Block(datasets, ("scratch",), NOISE, CLEANED),
         **others,
     }
@@ -553,9 +561,7 @@ PRESETS = {
             noise_cifar100=Block(CIFAR100, SCRATCH, ("noise30",), MAIN),
             withheld=Block(BOTH, SCRATCH, ("withheld75",), MAIN),
             combinations=Block(OMNIGLOT, SCRATCH, ("clean", "noise30"), COMBINATIONS),
-            batches=Block(
-                OMNIGLOT, SCRATCH, ("clean", "noise30"), tuple(f"{name}_square" for name in SQUARED)
-            ),
+            batches=Block(OMNIGLOT, SCRATCH, ("clean", "noise30"), BATCHES),
             cleaned=Block(OMNIGLOT, SCRATCH, ("noise30", "noise50"), CLEANED),
         ),
     ),

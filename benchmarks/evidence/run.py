@@ -128,7 +128,8 @@ def train(
     sizes = Sizes.of(method, len(images.names), budget.embedding_size, budget.batch_size)
     parts = assemble(method, setting, sizes, network, budget.epochs)
     parts.loss.to(device)
-    by_class = not spec.classification and CONDITIONS[cell.condition].imbalance == 1
+    drawn_as_they_come = spec.classification or CONDITIONS[cell.condition].imbalance > 1
+    by_class = not (drawn_as_they_come or method.random_batches)
     batches = Batches(images, sizes, by_class, budget.steps, device)
     trust = LabelTrust(images.labels)
     trained = Trained(network, parts, sizes, {})
