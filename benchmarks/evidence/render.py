@@ -214,8 +214,12 @@ class Page:
         return self.paired({name: f"{name}+lsd" for name in BASELINES}, "+ LSD", columns)
 
     def batches(self) -> str:
-        names = {name: f"{name}_square" for name in SQUARED}
-        return self.paired(names, "8 of 8", levels("omniglot", ("clean", "noise30")))
+        conditions = levels("omniglot", ("clean", "noise30"))
+        kinds = {"random": PROXY_BASED, "square": SQUARED}
+        return "\n\n".join(
+            self.paired({name: f"{name}_{kind}" for name in names}, kind, conditions)
+            for kind, names in kinds.items()
+        )
 
     def cleaned(self) -> str:
         names = {name.removesuffix("_cleaned"): name for name in CLEANED}
@@ -610,9 +614,10 @@ def render(preset_name: str, records: list[Record], docs: Path, results: Path = 
         "## All methods on clean labels\n\n" + page.clean(),
         longer(read(results / "long.jsonl"), docs),
         "## Wrong labels, and few images\n\nMAP@R, from scratch.\n\n" + page.conditions(),
-        "## Batches of fewer classes\n\nThe same methods in batches of 8 classes with 8 images of"
-        " each, not 16 with 4: SmoothAP above has them, because PML's is right for no others."
-        " MAP@R on Omniglot.\n\n" + page.batches(),
+        "## Other batches\n\nThe same methods in other batches than 16 classes with 4 images of"
+        " each: *random*, drawn as the images come, where no two need be of a class; and *square*, 8"
+        " classes with 8 images of each, as SmoothAP has them above, because PML's is right for no"
+        " others. MAP@R on Omniglot.\n\n" + page.batches(),
         "## Leaving out distrusted labels\n\nAfter each epoch the batches are drawn from the images"
         " whose labels `LabelTrust` does not distrust. MAP@R on Omniglot.\n\n" + page.cleaned(),
         "## Long-tailed classes\n\nOmniglot's training alphabets keep from all to a twentieth of"
