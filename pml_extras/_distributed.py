@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .functional import row_fingerprints
 from .functional._collectives import gather_rows
+from .functional.copies import row_fingerprints
 
 
 def joined_batch(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -616,8 +616,8 @@ def render(preset_name: str, records: list[Record], docs: Path, results: Path = 
         "## Wrong labels, and few images\n\nMAP@R, from scratch.\n\n" + page.conditions(),
         "## Other batches\n\nThe same methods in other batches than 16 classes with 4 images of"
         " each: *random*, drawn as the images come, where no two need be of a class; and *square*,"
-        " 8 classes with 8 images of each, as SmoothAP has them above, because PML's is right for no"
-        " others. MAP@R on Omniglot.\n\n" + page.batches(),
+        " 8 classes with 8 images of each, as SmoothAP has them above, because PML's is right for"
+        " no others. MAP@R on Omniglot.\n\n" + page.batches(),
         "## Leaving out distrusted labels\n\nAfter each epoch the batches are drawn from the images"
         " whose labels `LabelTrust` does not distrust. MAP@R on Omniglot.\n\n" + page.cleaned(),
         "## Long-tailed classes\n\nOmniglot's training alphabets keep from all to a twentieth of"

@@ -23,9 +23,9 @@ from pml_extras.distillation import SelfDistillation
 from pml_extras.functional import (
     class_vote,
     contextual_similarity,
-    neighborhood_mask,
     pairwise_cosine,
 )
+from pml_extras.functional.contextual_similarity import neighborhood_mask
 from pml_extras.inference import ContextualKNN
 
 from .data import Training, normalized

@@ -43,7 +43,9 @@ class SelfDistillation(ShowsSettings, BaseLossWrapper, ModuleWithRecords):
 
     Raises:
         ValueError: for a setting out of range.
-        RuntimeError: if the embeddings are not of the network's latest training pass.
+        RuntimeError: if the trunk's latest passes do not add up to as many samples as there are
+            embeddings. Only numbers are compared: ask with the embeddings of the latest pass, or of
+            the latest ones in their order, so that two losses on two views are one call.
 
     Source: arXiv 2206.08880; alpha's default is the authors' for CUB with a triplet loss. The EMA
     teacher is ours.

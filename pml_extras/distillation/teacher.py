@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,6 +115,10 @@ class Teacher:
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Pickled with the trunk, whose hook it is, or with a loss: without the inputs remembered.
+        return self.__dict__ | {"_passes": deque(maxlen=MOST_PASSES), "_asked": False}
+
 
 class SnapshotTeacher(Teacher):
     """The network as it stood at the end of the last epoch: the teacher of arXiv 2206.08880.
@@ -175,8 +180,7 @@ class EMATeacher(Teacher):
     ) -> None:
         require(0 <= decay < 1, "decay", "lie in [0, 1)", decay)
         super().__init__(trunk, embedder)
-        average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-        self._average = AveragedModel(self.network, multi_avg_fn=average)
+        self._average = AveragedModel(self.network, multi_avg_fn=partial(_move, decay))
         self.network = self._average.module
 
     def before_training_pass(self) -> None:
@@ -187,3 +191,8 @@ class EMATeacher(Teacher):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._average.load_state_dict(state["average"])
+
+
+def _move(decay: float, average: list[Tensor], now: list[Tensor], number: Tensor | int) -> None:
+    """torch's own, which is a closure, and so could not be pickled."""
+    get_ema_multi_avg_fn(decay)(average, now, number)  # type: ignore[no-untyped-call]

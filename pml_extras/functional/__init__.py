@@ -6,16 +6,10 @@ from .class_means import moving_class_means
 from .contextual_loss import contextual_loss, contrastive_loss, mean_similarity_loss
 from .contextual_neighbors import ReferenceGraph, contextual_neighbors, reference_graph
 from .contextual_pairs import contextual_pairs
-from .contextual_similarity import (
-    contextual_similarity,
-    contextual_similarity_from_distances,
-    neighborhood_mask,
-)
-from .copies import exact_copies, row_fingerprints
+from .contextual_similarity import contextual_similarity, contextual_similarity_from_distances
 from .cosine import pairwise_cosine
 from .label_vote import ClassVote, LabelVote, class_vote, label_vote
 from .listwise_kl import listwise_kl
-from .negative_logsumexp import negative_logsumexp
 from .sharded_center_contrastive_loss import sharded_center_contrastive_loss
 from .sparse_contextual_loss import sparse_contextual_loss, sparse_pays
 from .sparse_contrastive_loss import sparse_contrastive_loss
@@ -23,10 +17,8 @@ from .sparse_contrastive_loss import sparse_contrastive_loss
 __all__ = [
     "center_contrastive_loss",
     "sharded_center_contrastive_loss",
-    "negative_logsumexp",
     "contextual_similarity",
     "contextual_similarity_from_distances",
-    "neighborhood_mask",
     "contextual_loss",
     "sparse_contextual_loss",
     "sparse_pays",
@@ -44,7 +36,5 @@ __all__ = [
     "ReferenceGraph",
     "contextual_neighbors",
     "reference_graph",
-    "exact_copies",
-    "row_fingerprints",
     "pairwise_cosine",
 ]

@@ -28,13 +28,13 @@ def contextual_loss(
 
     Args:
         similarities: (N, N) cosine similarities of the batch with itself, its own references; or
-            (N, R), with references, when the next three are given.
+            (N, R), with references, when ``ref_similarities`` and ``ref_labels`` are given.
         labels: (N,).
         num_neighbors: k >= 1, the sample itself included; clamped to R.
         slack: eps >= 0, in units of squared distance between unit vectors.
         ref_similarities: (R, R) cosine similarities of the references with themselves.
         ref_labels: (R,).
-        copies: (N, R) bool, which references are the sample itself.
+        copies: (N, R) bool, which references are the sample itself. Default: none is.
 
     Returns:
         (N,) losses in [0, 1]; their mean is the published term.
@@ -43,15 +43,18 @@ def contextual_loss(
 
     Example:
         >>> import torch
+        >>> from pml_extras.functional import pairwise_cosine
         >>> x = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
-        >>> similarities = torch.nn.functional.normalize(x) @ torch.nn.functional.normalize(x).T
-        >>> contextual_loss(similarities, torch.tensor([0, 0, 1, 1]), num_neighbors=2)
+        >>> contextual_loss(pairwise_cosine(x), torch.tensor([0, 0, 1, 1]), num_neighbors=2)
         tensor([0., 0., 0., 0.])
     """
     context = contextual_similarity(similarities, num_neighbors, slack, ref_similarities)
     ref_labels = labels if ref_labels is None else ref_labels
     errors = context - (labels[:, None] == ref_labels).to(context.dtype)
-    errors = errors.fill_diagonal_(0) if copies is None else errors.masked_fill(copies, 0)
+    if ref_similarities is None:
+        errors = errors.fill_diagonal_(0)
+    elif copies is not None:
+        errors = errors.masked_fill(copies, 0)
     return errors.square().sum(1) / len(ref_labels)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ._precision import full_precision
+from .contextual_similarity import agreement
 
 # How many numbers a block of queries may take at a time, besides its results.
 BLOCK = 1 << 22
@@ -86,10 +87,11 @@ def reference_graph(
     candidate_similarity, candidates = _put_first(itself, *found)
     similarity, neighbors = candidate_similarity[:, :k], candidates[:, :k]
 
+    size = unit.new_full((), k)
     opinion = torch.empty_like(similarity)
     for rows in _blocks(len(unit), len(unit) + k * k):
         shared = _count_shared(neighbors[rows], neighbors, neighbors[rows]).to(unit.dtype)
-        opinion[rows] = _agreement(shared, k, len(unit))
+        opinion[rows] = agreement(shared, size, size, len(unit))
     first = neighbors[:, :half]
     reciprocal = (neighbors[first, :half] == itself[:, :, None]).any(2)
     return ReferenceGraph(
@@ -139,7 +141,7 @@ def contextual_neighbors(
     num_references, num_neighbors = graph.neighbors.shape
     half = graph.reciprocal.shape[1]
     k = min(k, num_references)
-    unit = normalize(query.detach())
+    unit = normalize(query.detach()).to(graph.embeddings.dtype)
     wanted = min(max(k, num_candidates, num_neighbors), num_references)
     if query_indices is not None and graph.candidates.shape[1] >= wanted:
         similarity = graph.candidate_similarity[query_indices, :wanted]
@@ -148,6 +150,7 @@ def contextual_neighbors(
         similarity, candidates = nearest(unit, graph.embeddings, wanted)
         if query_indices is not None:
             similarity, candidates = _put_first(query_indices[:, None], similarity, candidates)
+    size = unit.new_full((), num_neighbors)
     radius, half_radius = graph.similarity[:, -1], graph.similarity[:, half - 1]
 
     distances = torch.empty_like(similarity)
@@ -174,7 +177,7 @@ def contextual_neighbors(
         )
         # What each reference's closest reciprocal neighbours think of the query.
         shared = _count_shared(near, graph.neighbors, nearby).to(cosine.dtype)
-        opinion = _agreement(shared, num_neighbors, num_references) * knows_back
+        opinion = agreement(shared, size, size, num_references) * knows_back
         of_query = cosine.new_zeros(len(nearby), num_references).scatter_(1, nearby, opinion)
         asked = graph.reciprocal[nearby].to(cosine.dtype)
         answers = _gather(of_query, graph.neighbors[nearby, :half])
@@ -214,9 +217,3 @@ def _count_shared(near: Tensor, neighbors: Tensor, others: Tensor) -> Tensor:
 def _gather(table: Tensor, indices: Tensor) -> Tensor:
     """(B, L, k): the entries of row b of a (B, R) table at (B, L, k) indices."""
     return table.gather(1, indices.flatten(1)).view(indices.shape)
-
-
-def _agreement(shared: Tensor, k: int, num_references: int) -> Tensor:
-    """As in contextual_similarity, from the size of the overlap alone."""
-    outside = num_references - k
-    return (shared / k + (outside - k + shared) / max(outside, 1)) / 2

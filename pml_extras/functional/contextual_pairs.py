@@ -72,6 +72,8 @@ def contextual_pairs(
         >>> contextual_pairs(x, labels, distance=torch.cdist, **rules)[:2]
         (tensor([0, 1, 2, 3]), tensor([1, 0, 3, 2]))
     """
+    if (ref_emb is None) != (ref_labels is None):
+        raise ValueError("ref_labels are required with ref_emb")
     if len(embeddings) == 0 or (ref_emb is not None and len(ref_emb) == 0):
         p, n = labels.new_empty(2, 0, dtype=torch.long)
         return p, p.clone(), n, n.clone()

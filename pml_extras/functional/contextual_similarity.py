@@ -37,8 +37,9 @@ def contextual_similarity(
 
     Example:
         >>> import torch
+        >>> from pml_extras.functional import pairwise_cosine
         >>> pairs = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
-        >>> contextual_similarity(torch.nn.functional.normalize(pairs) @ pairs.T, num_neighbors=2)
+        >>> contextual_similarity(pairwise_cosine(pairs), num_neighbors=2)
         tensor([[1., 1., 0., 0.],
                 [1., 1., 0., 0.],
                 [0., 0., 1., 1.],
@@ -113,14 +114,19 @@ def contextual_similarity_from_distances(
     ref_radius, ref_half_radius = (_radius(ref_distances, r, slack) for r in (k, half_k))
     ref_near = _step(ref_distances, ref_radius)
     ref_nearest = _step(ref_distances, ref_half_radius)
-    ref_opinion = _agreement(ref_near, ref_near) * ref_near
+    ref_members = ref_near.sum(1)
+    ref_opinion = ref_near * agreement(
+        ref_near @ ref_near.T, ref_members[:, None], ref_members, len(ref_near)
+    )
     ref_reciprocal = ref_nearest * ref_nearest.T
     near = _step(distances, _radius(distances, k, slack))
     nearest = _step(distances, _radius(distances, half_k, slack))
     seen_near = _step(distances, ref_radius.T)
     seen_nearest = _step(distances, ref_half_radius.T)
     context = _average_over(nearest * seen_nearest, ref_opinion)
-    opinion_of_query = _agreement(ref_near, near) * seen_near.T
+    opinion_of_query = seen_near.T * agreement(
+        ref_near @ near.T, ref_members[:, None], near.sum(1), len(ref_near)
+    )
     context_back = _average_over(ref_reciprocal, opinion_of_query)
     return (context + context_back.T) / 2
 
@@ -205,15 +211,12 @@ def _step(distances: Tensor, radius: Tensor) -> Tensor:
     return within + STEP_SLOPE * (distances.detach() - distances)
 
 
-def _agreement(near: Tensor, other_near: Tensor) -> Tensor:
-    """How far i's members are j's members, and i's non-members j's: the mean of the two shares."""
-    num_references = near.shape[1]
-    size, other_size = near.sum(1, keepdim=True), other_near.sum(1, keepdim=True)
+def agreement(common: Tensor, size: Tensor, other_size: Tensor, num_references: int) -> Tensor:
+    """How far i's members are j's members, and i's non-members j's: the mean of the two shares,
+    from how many members they have in common and how many each has."""
     members = size.detach()
+    common_outside = num_references - size - other_size + common
     non_members = (num_references - members).clamp_min(1)
-    common = near @ other_near.T
-    # (1 - A)(1 - B)^T without a second product.
-    common_outside = num_references - size - other_size.T + common
     return (common / members + common_outside / non_members) / 2
 
 

@@ -29,6 +29,7 @@ def exact_copies(embeddings: Tensor, ref_emb: Tensor) -> Tensor:
     return row_fingerprints(embeddings)[:, None] == row_fingerprints(ref_emb)
 
 
+@full_precision
 def row_fingerprints(x: Tensor) -> Tensor:
     """(N,) int64, for (N, D) floats: a hash of the bits of each row."""
     bits = x.detach().contiguous()

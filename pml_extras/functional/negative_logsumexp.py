@@ -69,6 +69,7 @@ class _NegativeLogSumExp(torch.autograd.Function):
         largest = unit.new_full((len(unit), 1), torch.finfo(unit.dtype).min)
         sums = own = torch.zeros_like(largest)
         mean_center = torch.zeros_like(unit) if ctx.needs_input_grad[0] else None
+        own_center = None
         kept, room = [], KEPT if ctx.needs_input_grad[1] else 0
         for classes in _chunks(unit, centers):
             chunk, chunk_norms = unit_and_norms(centers[classes])
@@ -86,9 +87,16 @@ class _NegativeLogSumExp(torch.autograd.Function):
                 kept += [exponentials, largest, chunk, chunk_norms]
         if mean_center is not None:
             mean_center /= sums
+            own_center = normalize(centers.index_select(0, labels), eps=SMALLEST_NORM)
         total = largest + sums.log()
+        # A bank that no gradient moves may be moved otherwise before backward, which then needs
+        # nothing of it but the own centers: saved, it would have to stay as it is.
+        if ctx.needs_input_grad[1]:
+            bank = centers
+        else:
+            bank, ctx.bank, ctx.bank_version = None, centers, centers._version
         ctx.save_for_backward(
-            embeddings, centers, labels, seen, held, unit, norms, total, mean_center, *kept
+            embeddings, bank, labels, seen, held, unit, norms, total, mean_center, own_center, *kept
         )
         ctx.scale = scale
         return total.squeeze(1), own.squeeze(1) / scale
@@ -98,7 +106,14 @@ class _NegativeLogSumExp(torch.autograd.Function):
         embeddings, centers, labels, seen, held, unit, norms, total, mean_center, *kept = (
             ctx.saved_tensors
         )
+        own_center, *kept = kept
         if torch.is_grad_enabled():  # for the second derivative
+            if centers is None:
+                centers = ctx.bank
+                if centers._version != ctx.bank_version:
+                    raise RuntimeError(
+                        "the centers have moved since forward, and the second derivative needs them"
+                    )
             outputs = _plainly(embeddings, centers, labels, ctx.scale, seen, held)
             needed = ctx.needs_input_grad[:2]
             wanted = [x for x, n in zip((embeddings, centers), needed, strict=True) if n]
@@ -110,10 +125,7 @@ class _NegativeLogSumExp(torch.autograd.Function):
         if held is not None:
             by_own = by_own * held[:, None]
         if mean_center is not None:
-            # Not unit_and_norms: up to torch 2.7 at least, torch.compile confuses what backward
-            # makes with what forward saved, where their variables have the same name.
-            own = normalize(centers.index_select(0, labels), eps=SMALLEST_NORM)
-            by_unit = own.mul_(by_own).addcmul_(by_total, mean_center)
+            by_unit = (own_center * by_own).addcmul_(by_total, mean_center)
             by_embeddings = through_norm(by_unit, unit, norms, out=by_unit)
         if ctx.needs_input_grad[1]:
             by_centers = torch.zeros_like(centers).index_add_(0, labels, by_own * unit)

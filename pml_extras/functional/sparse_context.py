@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from ._sparse import Sparse
-from .contextual_similarity import contextual_similarity_from_distances, neighborhoods
+from .contextual_similarity import (
+    agreement,
+    contextual_similarity_from_distances,
+    neighborhoods,
+)
 
 # How many distances to look at in one go.
 BLOCK = 1 << 21
@@ -71,7 +75,8 @@ def sparse_context(
     mutual = nearest.at(j, i) > 0
     reciprocal = Sparse(i[mutual], j[mutual], nearest.values[mutual], n)
     degree = reciprocal.row_sums()
-    opinion = near.with_values(agreement(shared, members, rows, cols))
+    both = shared.at(rows, cols)
+    opinion = near.with_values(agreement(both, members[rows], members[cols], len(members)))
     context = reciprocal.with_values(1 / degree[reciprocal.rows]) @ opinion
     context = context.plus(context.transposed())
     context = context.with_values(context.values / 2)
@@ -128,15 +133,3 @@ def blocks(n: int, num_references: int, device: torch.device) -> Iterator[Tensor
     """The numbers of n samples, few enough at a time for their distances to all references."""
     size = max(1, BLOCK // num_references)
     return (torch.arange(i, min(n, i + size), device=device) for i in range(0, n, size))
-
-
-def agreement(shared: Sparse, members: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-    """How far the neighbourhoods of these pairs agree: (M M^T) / c and (1 - M)(1 - M)^T / (N - c),
-    in equal parts."""
-    both = shared.at(rows, cols)
-    neither = len(members) - members[rows] - members[cols] + both
-    return (both / members[rows] + neither / strangers(members)[rows]) / 2
-
-
-def strangers(members: Tensor) -> Tensor:
-    return (len(members) - members).clamp_min(1)

@@ -9,16 +9,14 @@ from torch import Tensor
 
 from ._precision import full_precision
 from ._sparse import same_class
-from .contextual_similarity import STEP_SLOPE
+from .contextual_similarity import STEP_SLOPE, agreement
 from .cosine import unit_rows
 from .sparse_context import (
     SPARSITY,
     Distances,
     SparseContext,
-    agreement,
     neighborhood_size,
     sparse_context,
-    strangers,
 )
 
 
@@ -141,11 +139,13 @@ class _SparseContextualLoss(torch.autograd.Function):
 
         i, j = near.rows, near.cols
         on_members = by_opinion.at(i, j) / 2
-        by_strangers = near.with_values(on_members / strangers(members)[i])
+        strangers = (len(members) - members).clamp_min(1)
+        by_strangers = near.with_values(on_members / strangers[i])
         constant = by_strangers.row_sums() + by_strangers.transposed().row_sums()
         by_shared = near.with_values(on_members / members[i] + by_strangers.values)
         i, j = by_opinion.rows, by_opinion.cols
-        by_near = by_opinion.with_values(by_opinion.values * agreement(shared, members, i, j))
+        agreed = agreement(shared.at(i, j), members[i], members[j], len(members))
+        by_near = by_opinion.with_values(by_opinion.values * agreed)
         by_near = by_near.plus(by_shared.plus(by_shared.transposed()) @ near)
 
         by_similarity = by_near.plus(by_nearest.transposed())

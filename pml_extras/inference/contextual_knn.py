@@ -8,7 +8,7 @@ import torch
 from pytorch_metric_learning.utils.inference import return_results
 from torch import Tensor
 
-from .._component import check_count, check_finite, require
+from .._component import check_count, check_embeddings, check_finite, require
 from ..functional import ReferenceGraph, contextual_neighbors, reference_graph
 
 
@@ -79,15 +79,18 @@ class ContextualKNN:
         Returns:
             (Q, k) distances in [0, 1], ascending, and (Q, k) int64 indices of references.
         """
-        check_finite(query=query, reference=reference)
         k += ref_includes_query
         graph = self.graph
         if reference is not None:
+            check_embeddings(reference, name="reference")
+            check_finite(reference=reference)
             are_queries = ref_includes_query and len(query) == len(reference)
             num_candidates = max(k, self.num_candidates) if are_queries else 0
             graph = reference_graph(reference, self.num_neighbors, num_candidates)
         if graph is None:
             raise ValueError("there are no references: give some, or call train first")
+        check_embeddings(query, graph.embeddings.shape[1], name="query")
+        check_finite(query=query)
         own = torch.arange(len(query), device=query.device) if ref_includes_query else None
         distances, indices = contextual_neighbors(
             query, graph, k, self.num_candidates, self.distance_weight, own
@@ -96,6 +99,7 @@ class ContextualKNN:
 
     def train(self, embeddings: Tensor) -> None:
         """Take these references, (R, D), instead of those before."""
+        check_embeddings(embeddings)
         check_finite(embeddings=embeddings)
         self.graph = reference_graph(embeddings, self.num_neighbors)
 

@@ -43,8 +43,9 @@ class CenterContrastiveLoss(ShowsSettings, WeightRegularizerMixin, BaseMetricLos
     - ``center_update="average"``: ``centers`` is a buffer, and before each comparison a class's
       center becomes the normalised moving average of its embeddings. No optimizer is needed. A
       class takes part once it has been seen. In eval mode the bank stands still. Under
-      torch.distributed the averages are over the batches of all processes, and the banks are equal
-      to the last bit.
+      torch.distributed the averages are over the batches of all processes, any of which may be
+      empty, and the banks are equal to the last bit; all processes must call the loss, in training,
+      as often. The averages are taken in float64, which some devices (MPS) have not.
 
     Args:
         num_classes: C >= 1; labels lie in [0, C).
@@ -178,13 +179,16 @@ class CenterContrastiveLoss(ShowsSettings, WeightRegularizerMixin, BaseMetricLos
     ) -> dict[str, dict[str, Any]]:
         c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
         check_embeddings(embeddings, self.embedding_size)
-        if len(embeddings) == 0:
-            return self.zero_losses()
         labels = labels.long()
+        averages = self.training and self.center_update == "average"
+        if len(embeddings) == 0:
+            if averages:  # the other processes wait for this one's share
+                self.update_centers(embeddings, labels)
+            return self.zero_losses()
         # Before any state moves, because a wrong tuple raises here.
         dtype = torch.promote_types(embeddings.dtype, self.centers.dtype)
         weights = self.sample_weights(indices_tuple, labels, dtype)
-        if self.training and self.center_update == "average":
+        if averages:
             self.update_centers(embeddings, labels)
         losses = self.sample_losses(embeddings, labels)
         if self.collect_stats:

@@ -18,14 +18,14 @@ from ..functional import (
     contextual_loss,
     contextual_similarity,
     contrastive_loss,
-    exact_copies,
     mean_similarity_loss,
-    neighborhood_mask,
     pairwise_cosine,
     sparse_contextual_loss,
     sparse_contrastive_loss,
     sparse_pays,
 )
+from ..functional.contextual_similarity import neighborhood_mask
+from ..functional.copies import exact_copies
 
 
 class ContextualLoss(ShowsSettings, BaseMetricLossFunction):
@@ -67,7 +67,8 @@ class ContextualLoss(ShowsSettings, BaseMetricLossFunction):
     **similarity_loss** (the same for all samples). Tuples from a miner choose the pairs of the
     contrastive term; the other two need the whole batch. Statistics for the log:
     ``avg_neighborhood_size``, ``avg_pos_context`` and ``avg_neg_context`` (mean contextual
-    similarity of positive and negative pairs) and ``avg_similarity``.
+    similarity of positive and negative pairs) and ``avg_similarity``. They are of the whole (N, N)
+    matrices, so ``collect_stats`` costs about another forward pass and their memory.
 
     Raises:
         ValueError: without labels, with ``ref_emb`` but no ``ref_labels``, for embeddings that are

@@ -228,9 +228,8 @@ class ShardedCenterContrastiveLoss(CenterContrastiveLoss):
         if ref_emb is not None or ref_labels is not None:
             raise ValueError("ref_emb is not supported for this loss function")
         share = self._rows_share(embeddings)
-        rows = embeddings.detach().to(torch.promote_types(embeddings.dtype, torch.float32))
         share = share._replace(
-            fingerprint=int(batch_fingerprint(rows, labels.to(rows.device))),
+            fingerprint=int(batch_fingerprint(embeddings, labels.to(embeddings.device))),
             collects_stats=self.collect_stats,
             mined=indices_tuple is not None,
         )

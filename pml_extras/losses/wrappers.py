@@ -13,7 +13,8 @@ class CrossBatchMemory(losses.CrossBatchMemory):
     """PML's ``CrossBatchMemory``, which takes :class:`ContextualLoss` too.
 
     There the memory is the context: neighbours are found among the remembered embeddings. Its place
-    in the queue joins the state_dict, so that a run that is resumed goes on exactly.
+    in the queue joins the state_dict, so that a run that is resumed goes on exactly. A checkpoint
+    of PML's own has no such place: load it with ``strict=False``.
 
     Source: PML's class, arXiv 1912.06798; the place in the queue is ours.
 

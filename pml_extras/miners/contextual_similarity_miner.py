@@ -27,7 +27,8 @@ class ContextualSimilarityMiner(ShowsSettings, BaseMiner):
         num_neighbors: k >= 1, the sample itself included; clamped to the number of references.
         margin: in units of S, which lies in [0, 1]; larger keeps easier pairs.
         filter_noise: whether to leave out probably mislabelled pairs. With clean labels that drops
-            some legitimately hard ones too.
+            some legitimately hard ones too, and of a network that is not trained yet, whose
+            neighbours know nothing, nearly all: train without the miner first.
         **kwargs: PML's ``distance`` and ``collect_stats``.
 
     Default distance: ``CosineSimilarity()``; every PML distance works, because only the order of

@@ -34,10 +34,14 @@ class ClassInterferenceRegularizer(ShowsSettings, BaseRegularizer):
     Changing embeddings needs labels, and PML's ``embedding_regularizer`` slot gives none, so attach
     the regularizer to the loss instead. The loss keeps its type and goes on working in trainers and
     wrappers, and the class means travel in its state_dict. Attach to the loss itself rather than to
-    a wrapper around it, so that references and memory banks stay clean.
+    a wrapper around it, so that references and memory banks stay clean. What a loss keeps itself is
+    made of what it sees: averaged centers are averages of moved embeddings, and ``ContextualLoss``
+    no longer knows a moved sample's own row in a memory for its own.
 
     In eval mode nothing is changed or learnt. Under torch.distributed the means are over the
-    batches of all processes, and equal in them to the last bit.
+    batches of all processes, any of which may be empty, and equal in them to the last bit; all
+    processes must call the loss, in training, as often. The means are taken in float64, which some
+    devices (MPS) have not.
 
     Args:
         num_classes: C >= 2; labels lie in [0, C).
@@ -139,9 +143,10 @@ class ClassInterferenceRegularizer(ShowsSettings, BaseRegularizer):
             raise ValueError(
                 f"labels must have shape ({len(embeddings)},), got {tuple(labels.shape)}"
             )
+        labels = labels.to(embeddings.device, torch.long)
+        self._batch = embeddings.detach(), labels
         if len(embeddings) == 0:
             return embeddings
-        labels = labels.to(embeddings.device, torch.long)
         interfered = class_interference(
             embeddings,
             labels,
@@ -153,7 +158,6 @@ class ClassInterferenceRegularizer(ShowsSettings, BaseRegularizer):
             self.random_strength,
             self.generator,
         ).to(embeddings.dtype)
-        self._batch = embeddings.detach(), labels
         if self.collect_stats:
             clean = unit(embeddings) if self.normalize else embeddings
             self.avg_shift = (interfered - clean).detach().norm(dim=1).mean().item()

@@ -137,14 +137,18 @@ def test_efficient_wrapper_is_refused_without_references(loss_component, tmp_pat
         assert re.search("not (currently )?supported", result["message"])
 
 
+UNEVEN = {"alone": 6, "one empty": N}  # the first rank's samples
+
+
 def state_after_steps(rank: int, component, way: str):
     model = encoder()
     thing = make(component, model)
-    shown = thing if way == "alone" else DistributedLossWrapper(thing, way == "efficient")
+    shown = thing if way in UNEVEN else DistributedLossWrapper(thing, way == "efficient")
     for step in range(5):
         x, labels = batch(step)
-        if way == "alone":  # uneven shares
-            own = (x[:6], labels[:6]) if rank == 0 else (x[6:], labels[6:])
+        if way in UNEVEN:
+            first = UNEVEN[way]
+            own = (x[:first], labels[:first]) if rank == 0 else (x[first:], labels[first:])
         else:
             own = share(rank, x, labels)
         component.use(shown, model(own[0]), own[1])
@@ -166,6 +170,11 @@ def check_averages(component, way, tmp_path):
 
 def test_averages_are_equal_to_the_last_bit_in_all_processes(component, tmp_path):
     check_averages(component, "alone", tmp_path)
+
+
+@pytest.mark.stating(averages=True)
+def test_an_empty_share_of_a_batch_keeps_nobody_waiting(component, tmp_path):
+    check_averages(component, "one empty", tmp_path)
 
 
 @pytest.mark.stating(averages=True, goes_in_distributed_wrapper=True)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pml_extras import functional as f
+from pml_extras.functional.copies import exact_copies
 
 from .capabilities import EMBEDDING_SIZE as D
 from .capabilities import NUM_CLASSES as C
@@ -39,7 +40,7 @@ FUNCTIONS = {
     "moving_class_means": lambda x, c, y: f.moving_class_means(
         c.detach(), torch.ones(C, dtype=torch.long), x, y, 0.9, normalize=True
     )[0],
-    "exact_copies": lambda x, c, y: f.exact_copies(x, c),
+    "exact_copies": lambda x, c, y: exact_copies(x, c),
     "pairwise_cosine": lambda x, c, y: f.pairwise_cosine(x, c),
 }
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -419,3 +420,20 @@ def test_distillation_holds_the_network_back():
         return (before @ before.T - after @ after.T).square().mean()
 
     assert drift(alpha=1e4) < 0.5 * drift(alpha=0)
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_trunk_and_loss_can_be_pickled(teacher):
+    run = Run(teacher)
+    run.epoch()
+    run.loss.end_epoch()
+    x, labels = next(batches(1))
+    run.trunk(x)
+    trunk, embedder, loss = pickle.loads(pickle.dumps((run.trunk, run.embedder, run.loss)))
+    assert not loss.teacher._passes
+    assert loss.teacher._trunk is trunk
+    values = []
+    for t, e, loss_func in ((run.trunk, run.embedder, run.loss), (trunk, embedder, loss)):
+        torch.manual_seed(0)
+        values.append(loss_func(e(t(x)), labels))
+    assert torch.equal(*values)

@@ -86,3 +86,14 @@ def test_half_precision_and_autocast_do_not_change_the_neighbourhoods():
     expected = contextual_loss(pairwise_cosine(x.float()), labels)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(contextual_loss(pairwise_cosine(x), labels), expected)
+
+
+def test_references_that_are_no_copies_all_count():
+    x, references = torch.randn(6, 4), torch.randn(9, 4)
+    labels, ref_labels = torch.arange(6) % 2, torch.arange(9) % 2
+    given = pairwise_cosine(x, references), labels, 3, 0.05, pairwise_cosine(references), ref_labels
+    none = torch.zeros(6, 9, dtype=torch.bool)
+    assert torch.equal(contextual_loss(*given), contextual_loss(*given, none))
+    context = contextual_similarity(given[0], 3, 0.05, given[4])
+    expected = (context - (labels[:, None] == ref_labels).float()).square().mean(1)
+    assert torch.allclose(contextual_loss(*given), expected)

@@ -7,8 +7,8 @@ from torch.nn.functional import normalize
 from pml_extras.functional import contextual_similarity, contextual_similarity_from_distances
 from pml_extras.functional.contextual_similarity import (
     STEP_SLOPE,
-    _agreement,
     _average_over,
+    agreement,
 )
 
 
@@ -75,14 +75,18 @@ def test_gradcheck_of_everything_behind_the_steps():
         return _average_over(nearest * nearest.T, (near @ near.T) * near)
 
     assert torch.autograd.gradcheck(differentiable_part, (near, nearest))
-    agreement = torch.autograd.functional.jacobian(lambda m: _agreement(m, m), near)
+
+    def agreement_of(m):
+        return agreement(m @ m.T, m.sum(1, keepdim=True), m.sum(1), len(m))
+
+    found = torch.autograd.functional.jacobian(agreement_of, near)
     held = near.detach().sum(1, keepdim=True)  # the denominators carry no gradient
 
     def with_fixed_denominators(m):
         return (m @ m.T / held + (1 - m) @ (1 - m).T / (5 - held)) / 2
 
     expected = torch.autograd.functional.jacobian(with_fixed_denominators, near)
-    assert torch.allclose(agreement, expected, atol=1e-12)
+    assert torch.allclose(found, expected, atol=1e-12)
 
 
 def test_range_symmetry_and_self():

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pml_extras.functional import exact_copies
+from pml_extras.functional.copies import exact_copies, row_fingerprints
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -21,3 +21,10 @@ def test_changes_of_sign_do_not_cancel():
     x = torch.randn(8, 8, dtype=torch.float64)
     assert not exact_copies(x, -x).any()
     assert not exact_copies(x, x * torch.tensor([-1, -1, 1, 1, 1, 1, 1, 1])).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [7, 8])
+def test_fingerprints_of_half_precision_are_those_of_the_same_numbers(dtype, size):
+    x = torch.randn(5, size, dtype=dtype)
+    assert torch.equal(row_fingerprints(x), row_fingerprints(x.float()))

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from pml_extras.functional import center_contrastive_loss, negative_logsumexp
+from pml_extras.functional import center_contrastive_loss
+from pml_extras.functional.negative_logsumexp import negative_logsumexp
 
 N, C, D = 12, 50, 5
 
@@ -160,3 +161,18 @@ def test_second_derivatives_of_either_alone(inputs, wanted):
         (first,) = torch.autograd.grad((total * own).sum(), given[wanted], create_graph=True)
         results.append(torch.autograd.grad(first.square().sum(), given[wanted])[0])
     assert torch.allclose(*results)
+
+
+def test_a_bank_may_be_moved_before_backward(inputs, request):
+    """As averaged centers are by the next batch, if two losses are summed."""
+    x, c, labels = inputs
+    c = c.detach()
+    expected = torch.autograd.grad(sum(f.sum() for f in negative_logsumexp(x, c, labels, 3.0)), x)
+    moved = c.clone()
+    total, own = negative_logsumexp(x, moved, labels, 3.0)
+    moved.neg_()
+    (found,) = torch.autograd.grad((total + own).sum(), x, retain_graph=True)
+    assert torch.equal(found, expected[0])
+    if "plainly" not in request.node.name:
+        with pytest.raises(RuntimeError, match="the centers have moved since forward"):
+            torch.autograd.grad((total + own).sum(), x, create_graph=True)

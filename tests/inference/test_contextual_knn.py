@@ -119,3 +119,29 @@ def test_float64():
     distances, _ = ContextualKNN(5)(x, 5, x, True)
     expected = ContextualKNN(5)(x.float(), 5, x.float(), True)
     assert torch.allclose(distances, expected[0].double(), atol=1e-6)
+
+
+def test_dtypes_may_differ():
+    x, references = torch.randn(2, 50, 4).half().float()
+    expected = ContextualKNN(5)(x, 5, references)
+    for query, given in (
+        (x.double(), references),
+        (x, references.double()),
+        (x.half(), references),
+    ):
+        knn = ContextualKNN(5)
+        knn.train(given)
+        for found in (knn(query, 5), knn(query, 5, given)):
+            assert torch.allclose(found[0].float(), expected[0], atol=1e-6)
+
+
+def test_shapes_are_checked():
+    knn, x = ContextualKNN(5), torch.randn(20, 4)
+    with pytest.raises(ValueError, match=r"query must have shape \(batch_size, 4\), got \(20, 3\)"):
+        knn(x[:, :3], 5, x)
+    with pytest.raises(ValueError, match="query must have shape"):
+        knn(x[0], 5, x)
+    with pytest.raises(ValueError, match="reference must have shape"):
+        knn(x, 5, x[0])
+    with pytest.raises(ValueError, match="embeddings must be floating-point"):
+        knn.train(x.long())

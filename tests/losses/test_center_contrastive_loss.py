@@ -288,3 +288,16 @@ class TestAverage:
         before = loss_func.centers.clone()
         loss_func(torch.full((2, D), float("nan")), labels[:2])
         assert torch.equal(loss_func.centers, before)
+
+
+def test_two_losses_of_moving_averages_before_one_backward():
+    """At sizes beyond those at which all logits are made at once."""
+    loss_func = CenterContrastiveLoss(num_classes=2000, embedding_size=8, center_update="average")
+    labels = torch.randint(2000, (64,))
+    x, y = (torch.randn(64, 8, requires_grad=True) for _ in range(2))
+    loss_func(x, labels).backward()
+    first = x.grad.clone()
+    loss_func.centers.zero_(), loss_func.class_counts.zero_()
+    x.grad = None
+    (loss_func(x, labels) + loss_func(y, labels)).backward()
+    assert torch.allclose(x.grad, first)

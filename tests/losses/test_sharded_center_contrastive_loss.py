@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pml_extras.functional import negative_logsumexp
+from pml_extras.functional.negative_logsumexp import negative_logsumexp
 from pml_extras.losses import CenterContrastiveLoss, ShardedCenterContrastiveLoss
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch has no distributed package")

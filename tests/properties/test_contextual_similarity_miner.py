@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from pytorch_metric_learning import distances
 
-from pml_extras.functional import exact_copies
+from pml_extras.functional.copies import exact_copies
 from pml_extras.miners import ContextualSimilarityMiner
 
 DISTANCES = {

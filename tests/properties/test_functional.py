@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from pml_extras.functional import (
     class_interference,
     class_vote,
-    exact_copies,
     moving_class_means,
-    neighborhood_mask,
     pairwise_cosine,
 )
+from pml_extras.functional.contextual_similarity import neighborhood_mask
+from pml_extras.functional.copies import exact_copies
 
 
 def draw_means(data, cases, num_classes, d):
