@@ -32,7 +32,8 @@ def render(results: Path) -> None:
         for name, (prefix, label, title) in PLOTS.items():
             file = DOCS / "figures" / f"speed-{name}-{stem}.svg"
             if plot(run, prefix, label, file):
-                lines += [f"![{title}, {run['machine']}](figures/{file.name})", ""]
+                caption = f"{title}, {run['machine']}"
+                lines += [f"![{caption}](figures/{file.name})", "", f"*{caption}*", ""]
         lines += [
             "| | ms | spread | MiB | against | time | memory |",
             "| --- | --: | --: | --: | --- | --: | --: |",

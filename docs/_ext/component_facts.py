@@ -51,7 +51,8 @@ def facts(row: Component) -> list[tuple[str, str]]:
     if hasattr(thing, "get_default_reducer"):
         found.append(("Default reducer", type(thing.get_default_reducer()).__name__))
         inputs = ", ".join(f"{name}: one value per {kind}" for name, kind in reductions(row, thing))
-        found.append(("Reducer input", inputs))
+        if inputs:
+            found.append(("Reducer input", inputs))
     statistics = getattr(thing, "_record_these_stats", [])
     if statistics:
         found.append(("Statistics for the log", ", ".join(statistics)))

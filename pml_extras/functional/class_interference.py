@@ -23,8 +23,10 @@ def class_interference(
 ) -> Tensor:
     r"""Move each embedding a little towards the mean of a random other class.
 
-    .. math:: e_i' = e_i + b_i\,\sigma\,(m_{n_i} - e_i), \qquad b_i \sim \mathrm{Bernoulli}(p),
-        \quad n_i \sim \mathrm{Uniform}\{c \ne y_i : c \text{ has been seen}\}
+    .. math::
+        e_i' &= e_i + b_i\,\sigma\,(m_{n_i} - e_i) \\
+        b_i &\sim \mathrm{Bernoulli}(p), \qquad
+            n_i \sim \mathrm{Uniform}\{c \ne y_i : c \text{ has been seen}\}
 
     drawn independently for each embedding.
 

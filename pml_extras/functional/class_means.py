@@ -31,8 +31,8 @@ def moving_class_means(
         normalize: whether the averages live on the unit sphere.
 
     Returns:
-        (N, D), (N,): the new mean and count of class ``labels[i]`` in row i, equal to the last bit
-        in all rows of a class and whatever the order of the batch. To apply them:
+        (N, D) and (N,), the new mean and count of class ``labels[i]`` in row i, equal to the last
+        bit in all rows of a class and whatever the order of the batch. To apply them:
         ``means[labels], counts[labels] = moving_class_means(...)``.
 
     Example:

@@ -27,11 +27,11 @@ class ReferenceGraph(NamedTuple):
     similarity: Tensor
     """(R, k), in the same order."""
     opinion: Tensor
-    """(R, k): how far each of those neighbours shares the reference's neighbourhood, in [0, 1]."""
+    """(R, k), how far each of those neighbours shares the reference's neighbourhood, in [0, 1]."""
     reciprocal: Tensor
-    """(R, h) bool: which of the first h = max(k // 2, 1) have the reference among their first h."""
+    """(R, h) bool, which of the first h = max(k // 2, 1) have the reference among their first h."""
     candidates: Tensor
-    """(R, c >= k): as neighbors, and what comes next, for references that will be queries too."""
+    """(R, c >= k), as neighbors, and what comes next, for references that will be queries too."""
     candidate_similarity: Tensor
     """(R, c)."""
 

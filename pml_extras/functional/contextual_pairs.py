@@ -61,7 +61,7 @@ def contextual_pairs(
             the negative cosine similarity.
 
     Returns:
-        Anchors and positives, anchors and negatives: four long tensors, as PML's pair miners.
+        Four long tensors, as PML's pair miners, of anchors and positives, anchors and negatives.
 
     Source: ours, on the contextual similarity of arXiv 2210.01908.
 

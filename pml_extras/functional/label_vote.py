@@ -18,7 +18,7 @@ class ClassVote(NamedTuple):
     share: Tensor
     """Its class's share of the contextual similarity around it, in [0, 1]; 0.5 if there is none."""
     trusted: Tensor
-    """Bool: no other class has a larger share."""
+    """Whether no other class has a larger share."""
 
 
 def class_vote(context: Tensor, labels: Tensor, ref_labels: Tensor, excluded: Tensor) -> ClassVote:
@@ -59,9 +59,9 @@ class LabelVote(NamedTuple):
     """How many times the share that a class of this size has by chance its class gets of the vote;
     below 1 the context speaks against the label."""
     trusted: Tensor
-    """Bool: no other class gets more."""
+    """Whether no other class gets more."""
     winner: Tensor
-    """The label that gets most: the sample's own where there is no vote."""
+    """The label that gets most, or the sample's own where there is no vote."""
 
 
 @full_precision

@@ -37,12 +37,12 @@ def sparse_contextual_loss(
             W = H \circ M, \quad J = R W / r_i, \quad S = \tfrac12 (J + J^\top) \\
         \hat J &= \frac{(g_i + g_j)(S - Y)}{N r_i} \text{ off the diagonal}, \quad
             E = R \hat J, \quad
-            \hat R = \hat J W^\top - \mathrm{rowsum}(\hat J \circ J), \quad
-            \hat M^2 = M^{2\top} \circ (\hat R + \hat R^\top) \\
+            \hat R = \hat J W^\top - \mathrm{rowsum}(\hat J \circ J) \\
+        \widehat{M^2} &= M^{2\top} \circ (\hat R + \hat R^\top) \\
         P &= \frac{E \circ M}{2 c_i}, \quad Q = \frac{E \circ M}{2 (N - c_i)}, \quad T = P + Q \\
         \hat M &= E \circ H + (T + T^\top) M
             - (\mathrm{rowsum}(Q)_i + \mathrm{colsum}(Q)_i) \\
-        \hat s &= 20\,(\hat M + \hat M^2), \qquad \hat x = (\hat s + \hat s^\top)\,x
+        \hat s &= 20\,(\hat M + \widehat{M^2}), \qquad \hat x = (\hat s + \hat s^\top)\,x
 
     The last term of :math:`\hat M` is the same along a row, so that it reaches the embeddings
     without a matrix. No N x N matrix exists at any time. It cannot be differentiated twice.

@@ -33,7 +33,7 @@ class LabelTrust(ShowsSettings, torch.nn.Module):
         trusted: (N,), the share of the looks in which no other label got more.
         winner: (N,), the label that got most in the last look.
 
-    A look at N samples is a search for their nearest neighbours, of N^2 D operations; its memory
+    A look at N samples is a search for their nearest neighbours, of N² D operations; its memory
     grows with N k. All there is to know is in the ``state_dict``, so that a report goes on where a
     stopped training does.
 

@@ -25,8 +25,10 @@ HOOK_NAME = "class_interference"  # of the hook and the submodule of a loss with
 class ClassInterferenceRegularizer(ShowsSettings, BaseRegularizer):
     r"""Moves training embeddings towards other classes' means before a loss sees them.
 
-    .. math:: e_i' = e_i + b_i\,\sigma\,(m_{n_i} - e_i), \qquad b_i \sim \mathrm{Bernoulli}(p),
-        \quad n_i \sim \mathrm{Uniform}\{c \ne y_i : c \text{ has been seen}\}
+    .. math::
+        e_i' &= e_i + b_i\,\sigma\,(m_{n_i} - e_i) \\
+        b_i &\sim \mathrm{Bernoulli}(p), \qquad
+            n_i \sim \mathrm{Uniform}\{c \ne y_i : c \text{ has been seen}\}
 
     drawn independently for each embedding. Afterwards the clean embeddings update the class means:
     :math:`m_c \leftarrow \beta m_c + (1 - \beta)\,\text{batch mean}`.
