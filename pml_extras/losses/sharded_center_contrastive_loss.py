@@ -51,8 +51,8 @@ class ShardedCenterContrastiveLoss(CenterContrastiveLoss):
       group of their own. No reminder comes here if it is forgotten.
 
     ``centers`` and ``class_counts`` are of type ``DTensor``, in shards over the classes. Save them
-    and their optimizer with ``torch.distributed.checkpoint`` (``get_state_dict``, ``save``, ``load``,
-    ``set_state_dict``), and load them with any number of ranks, or into a
+    and their optimizer with ``torch.distributed.checkpoint`` (``get_state_dict``, ``save``,
+    ``load``, ``set_state_dict``), and load them with any number of ranks, or into a
     :class:`CenterContrastiveLoss`; ``examples/sharded_centers.py`` shows how. To exchange whole
     state dicts with a :class:`CenterContrastiveLoss`, use ``get_model_state_dict`` and
     ``set_model_state_dict`` with ``StateDictOptions(full_state_dict=True)``.
