@@ -380,7 +380,6 @@ COMBINATIONS = (
     "contrastive+context_miner_late+lsd",
 )
 MINED = tuple(name for name in METHODS if "_miner" in name and "lsd" not in name)
-CONTEXTUAL = ("contextual", "contextual_warmup")
 
 
 def assemble(
@@ -565,8 +564,8 @@ PRESETS = {
             cleaned=Block(OMNIGLOT, SCRATCH, ("noise30", "noise50"), CLEANED),
         ),
     ),
-    # The small one's network, four times as long: whether centers and proxies, which a batch of 16
-    # classes moves a few at a time, only want more steps.
+    # The small one's network, four times as long: who only wants more steps. Proxies in the batches
+    # that suit them.
     "long": Preset(
         Budget(epochs=10, steps=100, batch_size=64, width=32, shrink=True, pretraining_epochs=4),
         trials=6,
@@ -576,7 +575,10 @@ PRESETS = {
                 OMNIGLOT,
                 SCRATCH,
                 ("clean",),
-                ("multi_similarity", "contrastive", "supcon", *PROXY_BASED, *CONTEXTUAL),
+                (
+                    *("multi_similarity", "supcon", "contextual", "contextual_warmup"),
+                    *(f"{name}_random" for name in PROXY_BASED),
+                ),
             )
         },
     ),

@@ -74,6 +74,13 @@ from .verdicts import (
 
 DOCS = Path(__file__).parents[2] / "docs"
 COLORS = dict(zip(OURS, ("#1b6ca8", "#57b0e3", "#c0392b", "#f0932b"), strict=True))
+
+
+def color_of(method: str) -> str | None:
+    """Ours have one each, whatever the batches."""
+    return COLORS.get(method.removesuffix("_random"))
+
+
 SIGNS = {HOLDS: "✓", CONTRARY: "✗", NOT_HERE: "–", NOT_RUN: ""}
 
 
@@ -84,6 +91,7 @@ class Page:
         self.results, self.preset, self.figures = results, results.preset, figures
         self.scores = Scored(results)
         self.planned = set(results.preset.cells())
+        self.main = results.preset.blocks["clean"].methods
 
     # ---- What was measured, in cells of tables.
 
@@ -164,7 +172,7 @@ class Page:
         parts = []
         for start in STARTS:
             for dataset in BOTH:
-                cells = [Cell(dataset, start, "clean", name) for name in MAIN]
+                cells = [Cell(dataset, start, "clean", name) for name in self.main]
                 cells = [cell for cell in cells if cell in self.planned]
                 if not cells:
                     continue
@@ -363,12 +371,14 @@ class Page:
     def curves(self) -> Figure | None:
         """MAP@R on validation classes while training; mean over the seeds."""
         panels = [(d, s) for s in STARTS for d in BOTH]
-        panels = [p for p in panels if any(self.results.tested(Cell(*p, "clean", n)) for n in MAIN)]
+        panels = [
+            p for p in panels if any(self.results.tested(Cell(*p, "clean", n)) for n in self.main)
+        ]
 
         def paint(axes: Axes, panel: tuple[str, str]) -> None:
             dataset, start = panel
             lines = {}
-            for name in MAIN:
+            for name in self.main:
                 runs = self.results.tested(Cell(dataset, start, "clean", name))
                 if runs:
                     epochs = self.preset.budget.epochs
@@ -407,16 +417,16 @@ class Page:
 
     def costs(self) -> Figure | None:
         """MAP@R on test classes beside the time of a training step; from scratch."""
-        panels = [d for d in BOTH if any(self.results.tested(at(d)(name)) for name in MAIN)]
+        panels = [d for d in BOTH if any(self.results.tested(at(d)(name)) for name in self.main)]
 
         def paint(axes: Axes, dataset: str) -> None:
-            for number, name in enumerate(MAIN, 1):
+            for number, name in enumerate(self.main, 1):
                 cell = at(dataset)(name)
                 found, cost = self.measured(cell, MAP), self.cost(cell, "seconds_per_step", 1000)
                 if found and cost:
                     runs = self.results.tested(cell)
                     seconds = float(np.median([r.get("seconds_per_step", np.nan) for r in runs]))
-                    color = COLORS.get(name, MUTED)
+                    color = color_of(name) or MUTED
                     label = f"{number}  {METHODS[name].label}"
                     x, y = 1000 * seconds, found.mean
                     axes.plot(x, y, "o", color=color, markersize=5, label=label)
@@ -447,15 +457,15 @@ def plot_lines(
     halves: dict[str, np.ndarray] | None = None,
 ) -> None:
     """Ours in colours, baselines in grey, the one that ends highest in black."""
-    rivals = [n for n in lines if n in BASELINES and not np.isnan(lines[n][-1])]
+    rivals = [n for n in lines if n in FROM_PML and not np.isnan(lines[n][-1])]
     best = max(rivals, key=lambda n: lines[n][-1], default=None)
     for name, values in lines.items():
-        color, width, label = COLORS.get(name, "#cfcfcf"), 1.8, METHODS[name].label
+        color, width, label = color_of(name) or "#cfcfcf", 1.8, METHODS[name].label
         if name == best:
             color, label = INK, "best baseline at the end"
-        elif name not in COLORS:
+        elif not color_of(name):
             width, label = 1.0, "other baselines"
-        order = 3 if name in COLORS else 2 if name == best else 1
+        order = 3 if color_of(name) else 2 if name == best else 1
         axes.plot(x, values, color=color, lw=width, marker=".", label=label, zorder=order)
         if halves and order > 1:
             axes.fill_between(x, values - halves[name], values + halves[name], color=color,
