@@ -12,7 +12,7 @@ from typing import Any
 
 from datasets import UserError
 
-from .plan import METHODS, Cell, Preset, Setting
+from .plan import METHODS, RERANKED, Cell, Preset, Setting
 
 Record = dict[str, Any]
 
@@ -52,7 +52,8 @@ def appending(path: Path) -> Iterator[Any]:
 
 class Results:
     """The records that the plan, as it stands, asks for. Others are as if they were not there:
-    those of another budget, and those of a setting that is no longer drawn or chosen."""
+    those of another budget, of a setting that is no longer drawn or chosen, and those from before
+    re-ranking was asked for."""
 
     def __init__(self, preset: Preset, records: Iterable[Record]) -> None:
         self.preset = preset
@@ -83,7 +84,9 @@ class Results:
 
     def test(self, cell: Cell, seed: int) -> Record | None:
         record = self.tests.get(cell, {}).get(seed)
-        return record if record and record["setting"] == self.selected(cell) else None
+        if record is None or record["setting"] != self.selected(cell):
+            return None
+        return None if cell.reranked and RERANKED not in record["test"] else record
 
     def tested(self, cell: Cell) -> list[Record]:
         """The runs with the selected setting, in the order of the seeds."""

@@ -310,9 +310,13 @@ class Page:
                         METHODS[rival].label,
                         self.text(self.measured(where(rival), MAP)),
                         self.difference(where(pick), where(rival), MAP),
+                        self.difference(where(pick), where(rival), RERANKED, MAP)
+                        if where(pick).reranked
+                        else "",
                     ]
                 )
         heads = ["", "best of ours by validation", "MAP@R", "best baseline", "MAP@R", "difference"]
+        heads.append("if ours is re-ranked")
         return table(heads, body) if body else NOT_RUN
 
     def complete(self, cell: Cell) -> bool:

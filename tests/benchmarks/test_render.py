@@ -134,7 +134,8 @@ def test_the_best_and_its_ties_are_marked(tmp_path):
     for line in made_up(PRESET, lambda job: job.cell in cells):
         cell = Cell(*(line[name] for name in Cell._fields))
         if "seed" in line:
-            line["test"] = {plan.MAP: values[cell][line["seed"]]}
+            score = values[cell][line["seed"]]
+            line["test"] = {plan.MAP: score, plan.RERANKED: score}
         lines.append(line)
     shown = render.Page(records.Results(PRESET, lines), tmp_path)
     texts = shown.column(cells, plan.MAP)

@@ -268,6 +268,22 @@ def test_the_command_line(tmp_path, capsys):
     assert run.main(["--preset", "small", *where, *missing]) == 1  # said for each run
 
 
+def test_a_run_without_re_ranking_is_run_again_once_that_is_asked_for():
+    preset = PRESETS["small"]
+    cell = Cell("omniglot", "scratch", "clean", "contextual")
+    assert cell.reranked
+    line = {**cell._asdict(), "budget": preset.describe()}
+    trials = [
+        line | {"trial": n, "setting": METHODS["contextual"].draw(n), "validation": -n}
+        for n in range(preset.trials)
+    ]
+    test = line | {"seed": 0, "setting": trials[0]["setting"], "test": {plan.MAP: 0.5}}
+    job = run.Job(cell, seed=0)
+    assert not run.is_done(job, run.Results(preset, [*trials, test]))
+    test["test"][plan.RERANKED] = 0.5
+    assert run.is_done(job, run.Results(preset, [*trials, test]))
+
+
 def test_cleaning_leaves_out_what_is_distrusted(tmp_path, monkeypatch):
     """From the epoch after the look on, and for good only as long as it is distrusted."""
     left_out, looks = [], []
