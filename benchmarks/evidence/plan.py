@@ -210,6 +210,12 @@ def distilled(base: Method) -> Method:
     return replace(base, label=f"{base.label} + LSD", space=base.space | {"alpha_lsd": log(1, 300)})
 
 
+def distilled_sharply(base: Method) -> Method:
+    """At the authors' temperature of 1 what the teacher says is nearly uniform."""
+    sharp = {"temperature_lsd": log(0.03, 0.3), "alpha_lsd": log(0.1, 30)}
+    return replace(base, label=f"{base.label} + sharp LSD", space=base.space | sharp)
+
+
 def interfered(base: Method, **settings: Any) -> Method:
     return replace(
         base,
@@ -310,6 +316,7 @@ PROXY_BASED = tuple(
     for name, method in (BASELINES | OURS).items()
     if method.space.keys() & {"proxy_lr", "momentum"}
 )
+SHARP = ("supcon", "multi_similarity")
 SQUARED = ("contrastive", "supcon", "multi_similarity", "center_contrastive_average", "contextual")
 BASELINES["triplet+ms_miner"] = mined(BASELINES["triplet"], "ms_miner")
 MAIN = (*BASELINES, *OURS)
@@ -317,6 +324,7 @@ METHODS: dict[str, Method] = {
     **BASELINES,
     **OURS,
     **{f"{name}+lsd": distilled(method) for name, method in BASELINES.items()},
+    **{f"{name}+lsd_sharp": distilled_sharply(BASELINES[name]) for name in SHARP},
     "triplet+cir": interfered(BASELINES["triplet"]),
     # Miners, on the two losses that do without one.
     "contrastive+ms_miner": mined(BASELINES["contrastive"], "ms_miner"),
@@ -400,7 +408,13 @@ def assemble(
         ).attach(parts.loss)
     if "alpha_lsd" in setting:
         teacher = SnapshotTeacher(network)
-        parts.loss = SelfDistillation(parts.loss, teacher, num_epochs, setting["alpha_lsd"])
+        parts.loss = SelfDistillation(
+            parts.loss,
+            teacher,
+            num_epochs,
+            setting["alpha_lsd"],
+            setting.get("temperature_lsd", 1.0),
+        )
     return parts
 
 
@@ -525,6 +539,7 @@ class Preset:
 
 def blocks(datasets: tuple[str, ...], **others: Block) -> dict[str, Block]:
     distilled_pairs = tuple(f"{name}{lsd}" for name in BASELINES for lsd in ("", "+lsd"))
+    distilled_pairs += tuple(f"{name}+lsd_sharp" for name in SHARP)
     return {
         "clean": Block(datasets, ("scratch",), ("clean",), MAIN),
         "finetune": Block(datasets, ("finetune",), ("clean",), MAIN),

@@ -52,6 +52,7 @@ from .plan import (
     PROXY_BASED,
     RARE,
     RERANKED,
+    SHARP,
     SQUARED,
     STARTS,
     WITHHELD,
@@ -219,7 +220,13 @@ class Page:
 
     def distillation(self) -> str:
         columns = {DATASETS[dataset].label: at(dataset) for dataset in BOTH}
-        return self.paired({name: f"{name}+lsd" for name in BASELINES}, "+ LSD", columns)
+        return "\n\n".join(
+            [
+                self.paired({name: f"{name}+lsd" for name in BASELINES}, "+ LSD", columns),
+                "At lower temperatures, chosen with alpha:",
+                self.paired({name: f"{name}+lsd_sharp" for name in SHARP}, "+ LSD", columns),
+            ]
+        )
 
     def batches(self) -> str:
         conditions = levels("omniglot", ("clean", "noise30"))
