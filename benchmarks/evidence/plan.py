@@ -67,6 +67,7 @@ class Method:
     square_batches: bool = False  # as many classes as samples of a class
     random_batches: bool = False  # drawn as the images come, not some of each class
     cleaned: bool = False  # after each epoch, leave out what `LabelTrust` distrusts
+    tuned_as: str | None = None  # the method whose trials choose the setting, if not its own
     settings: Setting = field(default_factory=dict)  # what is fixed rather than searched
 
     def draw(self, trial: int) -> Setting:
@@ -201,8 +202,10 @@ def at_random(base: Method) -> Method:
     return replace(base, label=f"{base.label}, random batches", random_batches=True)
 
 
-def cleaned(base: Method) -> Method:
-    return replace(base, label=f"{base.label}, without distrusted labels", cleaned=True)
+def cleaned(name: str) -> Method:
+    base = BASELINES[name]  # there is nothing else to tune
+    label = f"{base.label}, without distrusted labels"
+    return replace(base, label=label, cleaned=True, tuned_as=name)
 
 
 def distilled(base: Method) -> Method:
@@ -354,8 +357,7 @@ METHODS: dict[str, Method] = {
     # These need no two images of a class, so a batch may show as many classes as it has images.
     **{f"{name}_random": at_random((BASELINES | OURS)[name]) for name in PROXY_BASED},
     # What `LabelTrust` is worth while training.
-    **{f"{name}_cleaned": cleaned(BASELINES[name]) for name in ("supcon", "smooth_ap")},
-    "supcon_square_cleaned": cleaned(squared(BASELINES["supcon"])),
+    **{f"{name}_cleaned": cleaned(name) for name in ("supcon", "smooth_ap")},
     # Classification.
     "softmax": SOFTMAX,
     "softmax_smoothed": replace(
@@ -474,7 +476,8 @@ class Cell(NamedTuple):
 
     @property
     def tuned(self) -> Cell:
-        return self._replace(condition=CONDITIONS[self.condition].tuned_on)
+        method = METHODS[self.method].tuned_as or self.method
+        return self._replace(condition=CONDITIONS[self.condition].tuned_on, method=method)
 
     @property
     def reranked(self) -> bool:

@@ -136,7 +136,7 @@ def train(
     after_epoch(0, None, trained)
 
     def look_then(epoch: int, loss: float) -> None:
-        if method.cleaned:
+        if method.cleaned and epoch < budget.epochs:
             distrusted = trust.look(training.embed(network, images, device)).distrusted()
             batches.leave_out(distrusted.tolist())
         after_epoch(epoch, loss, trained)
