@@ -41,4 +41,5 @@ def _process(rank: int, function, folder: str, port: int, world_size: int, *args
     except Exception:
         result = traceback.format_exc()
     torch.save(result, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    # Not destroy_process_group, in which torch 2.5 stops for good now and then. The process ends.
+    dist.barrier()
