@@ -357,7 +357,7 @@ METHODS: dict[str, Method] = {
     # These need no two images of a class, so a batch may show as many classes as it has images.
     **{f"{name}_random": at_random((BASELINES | OURS)[name]) for name in PROXY_BASED},
     # What `LabelTrust` is worth while training.
-    **{f"{name}_cleaned": cleaned(name) for name in ("supcon", "smooth_ap")},
+    **{f"{name}_cleaned": cleaned(name) for name in ("supcon", "ntxent", "smooth_ap")},
     # Classification.
     "softmax": SOFTMAX,
     "softmax_smoothed": replace(
