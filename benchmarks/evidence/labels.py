@@ -3,8 +3,8 @@
 
     python -m benchmarks.evidence.labels --jobs 2
 
-Networks are trained as for the tables, with the setting that the clean trials of the preset chose,
-and looked at after each epoch. A run is one line in results/labels-PRESET.jsonl; stop at any time.
+Networks are trained as for the tables, with the settings that the preset's trials chose, and looked
+at after each epoch. A run is one line in results/labels-PRESET.jsonl; stop at any time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .records import Record, Results, appending, read
 from .run import RESULTS, Trained, Where, train, workers
 
 CONDITIONS = ("clean", "noise10", "noise30", "noise50")
-METHOD = "contrastive"
+METHOD = "ntxent"
 SEEDS = 5
 NEIGHBORS = 40  # as LabelTrust has it
 
@@ -103,11 +103,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for dataset in dict.fromkeys(cell.dataset for cell in preset.cells()):
                 if DATASETS[dataset].classification:
                     continue
-                setting = results.selected(Cell(dataset, "scratch", "clean", METHOD))
-                if setting is None:
-                    raise UserError(f"no trials of {METHOD} on {dataset} in {args.results}")
                 for condition in CONDITIONS:
                     cell = Cell(dataset, "scratch", condition, METHOD)
+                    setting = results.selected(cell)
+                    if setting is None:
+                        print(f"{'/'.join(cell)} has no trials in {args.results}", file=sys.stderr)
+                        continue
                     for seed in range(SEEDS):
                         if (dataset, condition, seed) not in done:
                             call = measure, preset, cell, setting, seed, args.data_root

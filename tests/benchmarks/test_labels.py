@@ -34,15 +34,16 @@ def results(tmp_path, monkeypatch):
     """Trials of the one method on digits, made up."""
     monkeypatch.setattr(labels, "SEEDS", 2)
     monkeypatch.setattr(labels, "CONDITIONS", ("clean", "noise30"))
-    cell = plan.Cell("digits", "scratch", "clean", labels.METHOD)
     with records.appending(tmp_path / "smoke.jsonl") as append:
-        for trial in range(SMOKE.trials):
-            setting = plan.METHODS[labels.METHOD].draw(trial)
-            append(
-                cell._asdict()
-                | {"setting": setting, "budget": SMOKE.describe(), "trial": trial}
-                | {"validation": trial}
-            )
+        for condition in labels.CONDITIONS:
+            cell = plan.Cell("digits", "scratch", condition, labels.METHOD)
+            for trial in range(SMOKE.trials):
+                setting = plan.METHODS[labels.METHOD].draw(trial)
+                append(
+                    cell._asdict()
+                    | {"setting": setting, "budget": SMOKE.describe(), "trial": trial}
+                    | {"validation": trial}
+                )
     return tmp_path
 
 
@@ -62,9 +63,13 @@ def test_writes_a_line_a_run_and_goes_on(results):
     assert lines(path) == whole
 
 
-def test_needs_trials(tmp_path, capsys):
-    assert labels.main(["--preset", "smoke", "--results", str(tmp_path)]) == 2
-    assert "no trials of contrastive on digits" in capsys.readouterr().err
+def test_what_has_no_trials_is_named_and_left_out(results, capsys, monkeypatch):
+    monkeypatch.setattr(labels, "CONDITIONS", ("clean", "withheld50", "long_tail"))
+    assert labels.main(["--preset", "smoke", "--results", str(results)]) == 0
+    assert "digits/scratch/long_tail/ntxent has no trials in" in capsys.readouterr().err
+    # Few images are tuned as all are.
+    conditions = [record["condition"] for record in lines(results / "labels-smoke.jsonl")]
+    assert conditions == ["clean", "clean", "withheld50", "withheld50"]
 
 
 def test_figures_are_those_of_the_distrusted(monkeypatch):
