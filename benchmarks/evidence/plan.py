@@ -389,6 +389,7 @@ COMBINATIONS = (
     "supcon+lsd",
     "smooth_ap",
     "smooth_ap_cleaned",
+    "ntxent_cleaned",
     "contrastive+context_miner",
     "contrastive+context_miner_late",
     "contrastive+context_miner_late+lsd",
