@@ -14,7 +14,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 
@@ -157,7 +157,7 @@ class Page:
             details += [f"\n*{claim.text}* — {overall}\n", comparisons(claim, judged)]
         return "\n".join(
             [
-                table(["claim", "source", "test", "here", "comparisons"], head),
+                table(["claim", "source", "test", "here", "comparisons"], head, of="words"),
                 f"\n{SIGNS[HOLDS]} the 95% interval of the difference, paired by seed, lies above"
                 f" the threshold; {SIGNS[CONTRARY]} below it; {SIGNS[NOT_HERE]} neither. “The best"
                 " baseline” is the one with the highest mean on the test classes, which is the"
@@ -324,7 +324,7 @@ class Page:
                 )
         heads = ["", "best of ours by validation", "MAP@R", "best baseline", "MAP@R", "difference"]
         heads.append("if ours is re-ranked")
-        return table(heads, body) if body else NOT_RUN
+        return table(heads, body, of="words") if body else NOT_RUN
 
     def complete(self, cell: Cell) -> bool:
         return len(self.results.tested(cell)) == self.preset.seeds
@@ -362,7 +362,7 @@ class Page:
             for name, method in METHODS.items()
             if any(cell.method == name for cell in self.planned)
         ]
-        return table(["", f"`lr` {span(LR['lr'])}, and"], body)
+        return table(["", f"`lr` {span(LR['lr'])}, and"], body, of="words")
 
     # ---- Figures.
 
@@ -523,9 +523,13 @@ def panelled(
 # ---- Text.
 
 
-def table(heads: Iterable[str], body: Iterable[Iterable[str]]) -> str:
+def table(
+    heads: Iterable[str], body: Iterable[Iterable[str]], of: Literal["figures", "words"] = "figures"
+) -> str:
+    """The first column is a name."""
     heads = list(heads)
-    rows = [heads, ["---", *["--:"] * (len(heads) - 1)], *map(list, body)]
+    align = "--:" if of == "figures" else "---"
+    rows = [heads, ["---", *[align] * (len(heads) - 1)], *map(list, body)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
