@@ -103,10 +103,9 @@ class _NegativeLogSumExp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, by_total: Tensor, by_own: Tensor) -> tuple[Tensor | None, ...]:
-        embeddings, centers, labels, seen, held, unit, norms, total, mean_center, *kept = (
-            ctx.saved_tensors
-        )
-        own_center, *kept = kept
+        saved = ctx.saved_tensors
+        embeddings, centers, labels, seen, held, unit, norms, total = saved[:8]
+        mean_center, own_center, *kept = saved[8:]
         if torch.is_grad_enabled():  # for the second derivative
             if centers is None:
                 centers = ctx.bank

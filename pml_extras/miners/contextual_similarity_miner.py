@@ -72,8 +72,6 @@ class ContextualSimilarityMiner(ShowsSettings, BaseMiner):
     def mine(
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if ref_labels is None:
-            raise ValueError("ref_labels are required with ref_emb")
         within = ref_emb is embeddings and ref_labels is labels
         return contextual_pairs(
             embeddings,
