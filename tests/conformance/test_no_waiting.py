@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -45,15 +47,53 @@ def test_waiting_is_seen(waits):
         waits(torch.randn(5))
 
 
+def move(component, loss_func, device):
+    loss_func.to(device)
+    if component.watches_a_network:
+        loss_func.teacher._trunk.to(device)
+        loss_func.teacher.network.to(device)
+
+
+def steps(component, loss_func, x, labels, count):
+    for _ in range(count):
+        component.call(loss_func, x.clone().requires_grad_(), labels).backward()
+
+
+@pytest.fixture
+def without_values(monkeypatch, x, labels):
+    """A component's step on a device whose tensors have shapes and no values: nothing can be read,
+    and whatever stayed on another device is found."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which it knows not
+
+    def step(component):
+        loss_func = component.make(NUM_CLASSES, EMBEDDING_SIZE)
+        steps(component, loss_func, x, labels, 2)  # the first checks the batch, and warns
+        move(component, loss_func, "meta")
+        steps(component, loss_func, x.to("meta"), labels.to("meta"), 1)
+
+    return step
+
+
+@pytest.mark.stating(waits_for_the_device=False)
+def test_losses_get_by_without_values(loss_component, without_values):
+    without_values(loss_component)
+
+
+@pytest.mark.stating(waits_for_the_device=True)
+def test_those_that_wait_ask_for_values(loss_component, without_values):
+    with pytest.raises(NotImplementedError):
+        without_values(loss_component)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.stating(waits_for_the_device=False)
 def test_losses_do_not_wait_in_a_step(loss_component, x, labels):
-    loss_func = loss_component.make(NUM_CLASSES, EMBEDDING_SIZE).cuda()
-    x, labels = x.cuda().requires_grad_(), labels.cuda()
-    for _ in range(2):  # the first step checks the batch, and warns
-        loss_component.call(loss_func, x, labels).backward()
+    loss_func = loss_component.make(NUM_CLASSES, EMBEDDING_SIZE)
+    move(loss_component, loss_func, "cuda")
+    x, labels = x.cuda(), labels.cuda()
+    steps(loss_component, loss_func, x, labels, 2)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loss_component.call(loss_func, x, labels).backward()
+        steps(loss_component, loss_func, x, labels, 1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
