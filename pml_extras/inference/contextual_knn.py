@@ -87,8 +87,10 @@ class ContextualKNN:
             are_queries = ref_includes_query and len(query) == len(reference)
             num_candidates = max(k, self.num_candidates) if are_queries else 0
             graph = reference_graph(reference, self.num_neighbors, num_candidates)
-        if graph is None:
+        elif graph is None:
             raise ValueError("there are no references: give some, or call train first")
+        elif graph.embeddings.device != query.device:
+            graph = self.graph = ReferenceGraph(*(x.to(query.device) for x in graph))
         check_embeddings(query, graph.embeddings.shape[1], name="query")
         check_finite(query=query)
         own = torch.arange(len(query), device=query.device) if ref_includes_query else None
@@ -115,8 +117,8 @@ class ContextualKNN:
         torch.save(self.graph._asdict(), filename)
 
     def load(self, filename: str | Path) -> None:
-        """Read what :meth:`save` wrote."""
-        self.graph = ReferenceGraph(**torch.load(filename, weights_only=True))
+        """Read what :meth:`save` wrote, on whatever device; the next query says on which to be."""
+        self.graph = ReferenceGraph(**torch.load(filename, map_location="cpu", weights_only=True))
 
     def reset(self) -> None:
         """Forget the references."""

@@ -91,6 +91,18 @@ def test_in_a_tester_and_an_inference_model(tmp_path):
     assert torch.equal(model.get_nearest_neighbors(x[:5], 7)[1], expected[1])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_references_go_where_the_queries_are(tmp_path):
+    x = torch.randn(50, 8)
+    knn = ContextualKNN(num_neighbors=10)
+    knn.train(x.cuda())
+    expected = knn(x[:5].cuda(), 7)[1]
+    knn.save(tmp_path / "references.pt")
+    knn.load(tmp_path / "references.pt")
+    assert torch.equal(knn(x[:5], 7)[1], expected.cpu())
+    assert torch.equal(knn(x[:5].cuda(), 7)[1], expected)
+
+
 @pytest.mark.parametrize(
     ("setting", "value"), [("num_neighbors", 0), ("num_candidates", 0), ("distance_weight", 1.1)]
 )
