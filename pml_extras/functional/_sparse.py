@@ -62,13 +62,18 @@ def same_class(numbers: Tensor, value: Tensor) -> Sparse:
     order = numbers.argsort()
     sizes = torch.bincount(numbers)
     first = sizes.cumsum(0) - sizes
-    per_row = sizes[numbers]
-    rows = torch.arange(n, device=numbers.device).repeat_interleave(per_row)
-    start = (per_row.cumsum(0) - per_row)[rows]
-    within = torch.arange(len(rows), device=numbers.device) - start
-    cols = order[first[numbers[rows]] + within]
+    rows, place = ranges(first[numbers], sizes[numbers])
+    cols = order[place]
     keys = (rows * n + cols).sort().values
     return Sparse(keys // n, keys % n, value.expand(len(keys)), n)
+
+
+def ranges(first: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """What lies in each range of so many numbers from the first on, one range after another, and
+    which range it is in, before it."""
+    which = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
+    start = first - (sizes.cumsum(0) - sizes)
+    return which, start[which] + torch.arange(len(which), device=sizes.device)
 
 
 def _ordered(rows: Tensor, cols: Tensor, values: Tensor, n: int) -> Sparse:

@@ -9,7 +9,10 @@ from torch import Tensor
 
 from ._precision import full_precision
 from .cosine import unit_rows
-from .sparse_context import blocks, context_rows
+from .sparse_context import context_sums
+
+CLASSES = 128  # whose votes to count in one go
+ROUNDING = 1e-5
 
 
 class ClassVote(NamedTuple):
@@ -39,17 +42,10 @@ def class_vote(context: Tensor, labels: Tensor, ref_labels: Tensor, excluded: Te
     """
     classes, numbers = torch.unique(torch.cat([labels, ref_labels]), return_inverse=True)
     own_class, ref_class = numbers[: len(labels), None], numbers[len(labels) :]
-    votes, own, total = _tally(context, own_class, ref_class, excluded, len(classes))
-    return ClassVote(torch.where(total > 0, own / total, 0.5), own == votes.amax(1))
-
-
-def _tally(
-    context: Tensor, own_class: Tensor, ref_class: Tensor, excluded: Tensor, num_classes: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The votes for each class, (N, C), those for the own one, (N,), and all together, (N,)."""
-    votes = context.new_zeros(len(context), num_classes)
+    votes = context.new_zeros(len(context), len(classes))
     votes.index_add_(1, ref_class, context.masked_fill(excluded, 0))
-    return votes, votes.gather(1, own_class).squeeze(1), votes.sum(1)
+    own, total = votes.gather(1, own_class).squeeze(1), votes.sum(1)
+    return ClassVote(torch.where(total > 0, own / total, 0.5), own == votes.amax(1))
 
 
 class LabelVote(NamedTuple):
@@ -91,16 +87,21 @@ def label_vote(embeddings: Tensor, labels: Tensor, num_neighbors: int = 40) -> L
     if n == 0:
         return LabelVote(embeddings.new_empty(0), labels > 0, labels.clone())
     unit = unit_rows(embeddings)
-    context = context_rows(lambda rows: -(unit[rows] @ unit.T), n, num_neighbors, device)
-    classes, numbers, sizes = torch.unique(labels, return_inverse=True, return_counts=True)
-    parts = []
-    for rows in blocks(n, n, device):
-        itself = rows[:, None] == torch.arange(n, device=device)
-        own_class = numbers[rows]
-        votes, own, total = _tally(context(rows), own_class[:, None], numbers, itself, len(classes))
-        most, winner = votes.max(1)
-        trusted = own == most
-        by_chance = (sizes[own_class] - 1).clamp_min(1) / max(n - 1, 1)
-        support = torch.where(total > 0, own / total / by_chance, 1)
-        parts.append(LabelVote(support, trusted, classes[winner.where(~trusted, own_class)]))
-    return LabelVote(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    sums = context_sums(lambda rows: -unit[rows] @ unit.T, n, num_neighbors, device)
+    labels_of, numbers, sizes = torch.unique(labels, return_inverse=True, return_counts=True)
+    own, total = unit.new_zeros(n), unit.new_zeros(n)
+    most, winner = unit.new_full((n,), -torch.inf), numbers
+    for classes in torch.split(torch.arange(len(sizes), device=device), CLASSES):
+        of_class = (numbers[:, None] == classes).to(unit.dtype)
+        votes = sums.times(of_class) - sums.diagonal[:, None] * of_class
+        votes.clamp_min_(0)  # which rounding may have missed
+        own += (votes * of_class).sum(1)
+        total += votes.sum(1)
+        value, place = votes.max(1)
+        winner = torch.where(value > most, classes[place], winner)
+        most = torch.maximum(most, value)
+    # Where two classes have as much, rounding must not decide.
+    trusted = own >= most - ROUNDING * total
+    by_chance = (sizes[numbers] - 1).clamp_min(1) / max(n - 1, 1)
+    support = torch.where(total > 0, own / total / by_chance, 1)
+    return LabelVote(support, trusted, labels_of[winner.where(~trusted, numbers)])

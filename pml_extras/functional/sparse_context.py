@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._sparse import Sparse
+from ._sparse import Sparse, ranges
 from .contextual_similarity import (
     agreement,
     contextual_similarity_from_distances,
@@ -58,6 +58,54 @@ def sparse_context(
     distances: Distances, n: int, k: int, slack: float, device: torch.device
 ) -> SparseContext:
     """The contextual similarity of n samples with each other, with k <= n neighbours."""
+    near, is_nearest = _neighborhoods(distances, n, k, slack, device)
+    shared = near @ near.transposed()
+    nearest, reciprocal, opinion = _opinions(near, is_nearest, shared.at(near.rows, near.cols))
+    members, degree = near.row_sums(), reciprocal.row_sums()
+    context = _both_ways(_average(reciprocal) @ opinion)
+    return SparseContext(near, nearest, shared, reciprocal, opinion, context, members, degree)
+
+
+def context_rows(distances: Distances, n: int, k: int, device: torch.device) -> Distances:
+    """The rows of the contextual similarity without slack, by their numbers."""
+    k = min(k, n)
+    if _sparse_pays(distances, n, k, device):
+        friends, opinion = _friends_and_opinions(distances, n, k, device)
+        return _both_ways(friends @ opinion).dense_rows
+    return _dense_context(distances, n, k, device).__getitem__
+
+
+class ContextSums(NamedTuple):
+    """What sums over the contextual similarity S without slack take, S itself not being made."""
+
+    times: Callable[[Tensor], Tensor]
+    """From (N, C) to S times it, (N, C)."""
+    diagonal: Tensor
+    """(N,), each sample's similarity with itself."""
+
+
+def context_sums(distances: Distances, n: int, k: int, device: torch.device) -> ContextSums:
+    """The sums over the contextual similarity of n samples with each other."""
+    k = min(k, n)
+    if not _sparse_pays(distances, n, k, device):
+        context = _dense_context(distances, n, k, device)
+        return ContextSums(context.__matmul__, context.diagonal())
+    friends, opinion = _friends_and_opinions(distances, n, k, device)
+    i, j = friends.rows, friends.cols
+    diagonal = friends.with_values(friends.values * opinion.at(j, i)).row_sums()
+    back, opinion_back = friends.transposed(), opinion.transposed()
+
+    def times(x: Tensor) -> Tensor:
+        forth = friends.times_dense(opinion.times_dense(x))
+        return (forth + opinion_back.times_dense(back.times_dense(x))) / 2
+
+    return ContextSums(times, diagonal)
+
+
+def _neighborhoods(
+    distances: Distances, n: int, k: int, slack: float, device: torch.device
+) -> tuple[Sparse, Tensor]:
+    """The samples in each one's neighbourhood of k, and which lie in that of k // 2 too."""
     found = Growing(2 * k * n, device)
     for rows in blocks(n, n, device):
         block = distances(rows)
@@ -65,31 +113,66 @@ def sparse_context(
         row, col = is_near.nonzero(as_tuple=True)
         found.append((rows[row] * n + col) * 2 + is_nearest[row, col])
     keys, is_nearest = found.numbers() // 2, found.numbers() % 2 == 1
-    rows, cols = keys // n, keys % n
-    near = Sparse(rows, cols, torch.ones(len(rows), dtype=block.dtype, device=device), n)
-    members = near.row_sums()
-    shared = near @ near.transposed()
+    ones = torch.ones(len(keys), dtype=block.dtype, device=device)
+    return Sparse(keys // n, keys % n, ones, n), is_nearest
 
+
+def _friends_and_opinions(
+    distances: Distances, n: int, k: int, device: torch.device
+) -> tuple[Sparse, Sparse]:
+    """R, its rows divided by their sums, and W: what S is made of, where nothing goes backward."""
+    near, is_nearest = _neighborhoods(distances, n, k, 0.0, device)
+    _, reciprocal, opinion = _opinions(near, is_nearest, _count_shared(near))
+    return _average(reciprocal), opinion
+
+
+def _count_shared(near: Sparse) -> Tensor:
+    """How many samples the neighbourhoods of a sample and of each in its own have in common."""
+    n, rows, cols = near.n, near.rows, near.cols
+    sizes = torch.bincount(rows, minlength=n)
+    first = sizes.cumsum(0) - sizes
+    counts = torch.empty_like(near.values)
+    for some in blocks(n, n, rows.device):
+        start, end = int(first[some[0]]), int(first[some[-1]] + sizes[some[-1]])
+        is_near = torch.zeros(len(some), n, dtype=torch.bool, device=rows.device)
+        is_near[rows[start:end] - some[0], cols[start:end]] = True
+        # Among duplicates, neighbourhoods can be as large as the set.
+        step = max(1, BLOCK // max(sizes[cols[start:end]].tolist(), default=1))
+        for at in range(start, end, step):
+            row, col = rows[at : min(at + step, end)] - some[0], cols[at : min(at + step, end)]
+            pair, place = ranges(first[col], sizes[col])
+            common = is_near.view(-1)[row[pair] * n + cols[place]].to(counts)
+            counts[at : at + len(col)] = counts.new_zeros(len(col)).index_add_(0, pair, common)
+    return counts
+
+
+def _opinions(near: Sparse, is_nearest: Tensor, shared: Tensor) -> tuple[Sparse, Sparse, Sparse]:
+    """M^2, R and W, from M, and from how many samples the two of each of its pairs share."""
+    rows, cols, members = near.rows, near.cols, near.row_sums()
     i, j = rows[is_nearest], cols[is_nearest]
-    nearest = Sparse(i, j, near.values[is_nearest], n)
+    nearest = Sparse(i, j, near.values[is_nearest], near.n)
     mutual = nearest.at(j, i) > 0
-    reciprocal = Sparse(i[mutual], j[mutual], nearest.values[mutual], n)
-    degree = reciprocal.row_sums()
-    both = shared.at(rows, cols)
-    opinion = near.with_values(agreement(both, members[rows], members[cols], len(members)))
-    context = reciprocal.with_values(1 / degree[reciprocal.rows]) @ opinion
+    reciprocal = Sparse(i[mutual], j[mutual], nearest.values[mutual], near.n)
+    opinion = near.with_values(agreement(shared, members[rows], members[cols], near.n))
+    return nearest, reciprocal, opinion
+
+
+def _average(reciprocal: Sparse) -> Sparse:
+    return reciprocal.with_values(1 / reciprocal.row_sums()[reciprocal.rows])
+
+
+def _both_ways(context: Sparse) -> Sparse:
     context = context.plus(context.transposed())
-    context = context.with_values(context.values / 2)
-    return SparseContext(near, nearest, shared, reciprocal, opinion, context, members, degree)
+    return context.with_values(context.values / 2)
 
 
-def context_rows(distances: Distances, n: int, k: int, device: torch.device) -> Distances:
-    """The rows of the contextual similarity without slack, by their numbers."""
-    k = min(k, n)
-    if neighborhood_size(distances, n, k, 0.0, device, FORWARD_SPARSITY) * FORWARD_SPARSITY < n:
-        return sparse_context(distances, n, k, 0.0, device).context.dense_rows
-    everything = distances(torch.arange(n, device=device))
-    return contextual_similarity_from_distances(everything, k).__getitem__
+def _dense_context(distances: Distances, n: int, k: int, device: torch.device) -> Tensor:
+    return contextual_similarity_from_distances(distances(torch.arange(n, device=device)), k)
+
+
+def _sparse_pays(distances: Distances, n: int, k: int, device: torch.device) -> bool:
+    size = neighborhood_size(distances, n, k, 0.0, device, FORWARD_SPARSITY)
+    return size * FORWARD_SPARSITY < n
 
 
 def neighborhood_size(

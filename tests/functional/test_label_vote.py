@@ -33,15 +33,40 @@ def loop_over_samples(x, labels, k):
         yield (own / total / chance if total > 0 else 1), own == most, winner
 
 
-@pytest.mark.parametrize("k", [1, 4, 12])
-@pytest.mark.parametrize("sparse", [True, False])
-def test_equals_a_loop_over_samples(k, sparse, monkeypatch):
+@pytest.fixture(params=[True, False], ids=["sparse", "dense"])
+def route(request, monkeypatch):
     module = sys.modules["pml_extras.functional.sparse_context"]
-    monkeypatch.setattr(module, "FORWARD_SPARSITY", 0.1 if sparse else 1e9)
-    monkeypatch.setattr(module, "BLOCK", 7 * 300)
+    monkeypatch.setattr(module, "FORWARD_SPARSITY", 0.1 if request.param else 1e9)
+    monkeypatch.setattr(module, "BLOCK", 500)
+
+
+@pytest.mark.parametrize("k", [1, 4, 12])
+def test_equals_a_loop_over_samples(k, route):
     x, _, labels = mixture()
     found = label_vote(x.double(), labels, k)
     for i, (support, trusted, winner) in enumerate(loop_over_samples(x, labels, k)):
+        assert found.support[i].item() == pytest.approx(float(support))
+        assert found.trusted[i] == trusted
+        assert found.winner[i] == winner
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_decides_nothing_between_classes_that_have_as_much(route, dtype):
+    x = torch.randn(60, 16, dtype=dtype).repeat_interleave(5, 0)
+    labels = (2 * torch.arange(60)[:, None] + torch.tensor([0, 0, 0, 1, 1])).flatten()
+    found = label_vote(x, labels, num_neighbors=5)
+    assert torch.equal(found.trusted, labels % 2 == 0)  # two votes to two; one vote to three
+    assert torch.equal(found.winner, labels // 2 * 2)
+
+
+@pytest.mark.parametrize("k", [2, 9])
+def test_neighbourhoods_of_very_unequal_size(route, k):
+    x, _, labels = mixture()
+    x[torch.randperm(300)[:40]] = x[7].clone()  # which are all as near to each other
+    x[11] = 0  # to which all are as near
+    found = label_vote(x.double(), labels, k)
+    expected = loop_over_samples(x, labels, k)
+    for i, (support, trusted, winner) in enumerate(expected):
         assert found.support[i].item() == pytest.approx(float(support))
         assert found.trusted[i] == trusted
         assert found.winner[i] == winner
