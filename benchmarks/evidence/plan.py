@@ -371,7 +371,8 @@ FROM_PML = (*BASELINES, *(f"contrastive+{m}" for m in ("ms_miner", "triplet_mine
 FROM_PML += ("triplet+triplet_miner", "softmax", "softmax_smoothed")
 FROM_PML += tuple(f"{name}_square" for name in SQUARED if name in BASELINES)
 FROM_PML += tuple(f"{name}_random" for name in PROXY_BASED if name in BASELINES)
-BATCHES = (*(f"{name}_random" for name in PROXY_BASED), *(f"{name}_square" for name in SQUARED))
+AT_RANDOM = tuple(f"{name}_random" for name in PROXY_BASED)
+BATCHES = (*AT_RANDOM, *(f"{name}_square" for name in SQUARED))
 CLEANED = tuple(name for name in METHODS if name.endswith("_cleaned"))
 COMBINATIONS = (
     "center_contrastive",
@@ -570,21 +571,21 @@ BOTH = ("omniglot", "cifar100")
 OMNIGLOT, CIFAR100 = ("omniglot",), ("cifar100",)
 SCRATCH = ("scratch",)
 PRESETS = {
-    # Two CPU cores, about two hours: fewer levels of noise and withholding, fewer combinations, and
-    # CIFAR-100 from scratch only.
+    # Two CPU cores, about four hours: fewer levels of noise and withholding, fewer combinations.
     "small": Preset(
         Budget(epochs=5, steps=50, batch_size=64, width=32, shrink=True, pretraining_epochs=4),
         trials=6,
         seeds=5,
         blocks=blocks(
             BOTH,
-            finetune=Block(OMNIGLOT, ("finetune",), ("clean",), MAIN),
             noise=Block(OMNIGLOT, SCRATCH, ("noise30", "noise50"), MAIN),
             noise_cifar100=Block(CIFAR100, SCRATCH, ("noise30",), MAIN),
             withheld=Block(BOTH, SCRATCH, ("withheld75",), MAIN),
             combinations=Block(OMNIGLOT, SCRATCH, ("clean", "noise30"), COMBINATIONS),
             batches=Block(OMNIGLOT, SCRATCH, ("clean", "noise30"), BATCHES),
+            batches_cifar100=Block(CIFAR100, SCRATCH, ("clean",), AT_RANDOM),
             cleaned=Block(OMNIGLOT, SCRATCH, ("noise30", "noise50"), CLEANED),
+            cleaned_cifar100=Block(CIFAR100, SCRATCH, ("clean", "noise30"), CLEANED),
         ),
     ),
     # The small one's network, four times as long: who only wants more steps. Proxies in the batches
@@ -600,7 +601,7 @@ PRESETS = {
                 ("clean",),
                 (
                     *("multi_similarity", "supcon", "contextual", "contextual_warmup"),
-                    *(f"{name}_random" for name in PROXY_BASED),
+                    *AT_RANDOM,
                 ),
             )
         },

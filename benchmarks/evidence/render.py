@@ -229,7 +229,7 @@ class Page:
         )
 
     def batches(self) -> str:
-        conditions = levels("omniglot", ("clean", "noise30"))
+        conditions = everywhere(("clean", "noise30"))
         kinds = {"random": PROXY_BASED, "square": SQUARED}
         return "\n\n".join(
             self.paired({name: f"{name}_{kind}" for name in names}, kind, conditions)
@@ -238,7 +238,7 @@ class Page:
 
     def cleaned(self) -> str:
         names = {name.removesuffix("_cleaned"): name for name in CLEANED}
-        return self.paired(names, "cleaned", levels("omniglot", NOISE))
+        return self.paired(names, "cleaned", everywhere(("clean", *NOISE)))
 
     def paired(
         self, names: dict[str, str], title: str, columns: dict[str, Callable[[str], Cell]]
@@ -461,6 +461,14 @@ def levels(dataset: str, conditions: Sequence[str]) -> dict[str, Callable[[str],
     return {CONDITIONS[condition].label: at(dataset, condition) for condition in conditions}
 
 
+def everywhere(conditions: Sequence[str]) -> dict[str, Callable[[str], Cell]]:
+    return {
+        f"{DATASETS[dataset].label}, {condition}": cell_of
+        for dataset in BOTH
+        for condition, cell_of in levels(dataset, conditions).items()
+    }
+
+
 def plot_lines(
     axes: Axes,
     lines: dict[str, np.ndarray],
@@ -642,9 +650,9 @@ def render(preset_name: str, records: list[Record], docs: Path, results: Path = 
         "## Other batches\n\nThe same methods in other batches than 16 classes with 4 images of"
         " each: *random*, drawn as the images come, where no two need be of a class; and *square*,"
         " 8 classes with 8 images of each, as SmoothAP has them above, because PML's is right for"
-        " no others. MAP@R on Omniglot.\n\n" + page.batches(),
+        " no others. MAP@R.\n\n" + page.batches(),
         "## Leaving out distrusted labels\n\nAfter each epoch the batches are drawn from the images"
-        " whose labels `LabelTrust` does not distrust. MAP@R on Omniglot.\n\n" + page.cleaned(),
+        " whose labels `LabelTrust` does not distrust. MAP@R.\n\n" + page.cleaned(),
         "## Long-tailed classes\n\nOmniglot's training alphabets keep from all to a twentieth of"
         " their images, in batches drawn as the images come. MAP@R on unseen classes of the same"
         " alphabets; the rare ones are the third with the fewest images.\n\n" + page.long_tail(),
