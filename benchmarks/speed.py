@@ -120,17 +120,21 @@ def optimized(loss: torch.nn.Module, x: torch.Tensor, labels: torch.Tensor) -> C
     return step
 
 
+def averaged(x: torch.Tensor, labels: torch.Tensor, num_classes: int) -> Callable[[], None]:
+    loss = CenterContrastiveLoss(num_classes, x.shape[1], center_update="average").to(DEVICE)
+    loss.class_counts += 1
+    with torch.no_grad():
+        loss.centers.normal_()
+    return lambda: loss(x, labels).backward()
+
+
 def center_updates(num_classes: int, n: int = 512, dim: int = 128) -> Contenders:
     torch.manual_seed(0)
     x = torch.randn(n, dim, device=DEVICE, requires_grad=True)
     labels = torch.randint(num_classes, (n,), device=DEVICE)
-    average = CenterContrastiveLoss(num_classes, dim, center_update="average").to(DEVICE)
-    average.class_counts += 1
-    with torch.no_grad():
-        average.centers.normal_()
     gradient = CenterContrastiveLoss(num_classes, dim).to(DEVICE)
     return {
-        "pml_extras": lambda: average(x, labels).backward(),
+        "pml_extras": averaged(x, labels, num_classes),
         "gradient + Adam": optimized(gradient, x, labels),
     }
 
@@ -140,6 +144,12 @@ def centers_large(num_classes: int, n: int = 512, dim: int = 128) -> Contenders:
     labels = torch.randint(num_classes, (n,), device=DEVICE)
     loss = CenterContrastiveLoss(num_classes, dim).to(DEVICE)
     return {"pml_extras": optimized(loss, x, labels)}
+
+
+def centers_averaged(num_classes: int, n: int = 512, dim: int = 128) -> Contenders:
+    x = torch.randn(n, dim, device=DEVICE, requires_grad=True)
+    labels = torch.randint(num_classes, (n,), device=DEVICE)
+    return {"pml_extras": averaged(x, labels, num_classes)}
 
 
 def listwise(n: int) -> Contenders:
@@ -243,6 +253,11 @@ CASES: dict[str, tuple[str, Callable[[], Contenders], int]] = {
         5,
     ),
     "center-million": ("Center loss, C=1,000,000, with Adam", lambda: centers_large(1_000_000), 2),
+    "center-ten-million-averaged": (
+        'Center loss, "average", C=10,000,000, a step',
+        lambda: centers_averaged(10_000_000),
+        2,
+    ),
     **{f"listwise-{n}": (f"Listwise KL, N={n}", lambda n=n: listwise(n), 11) for n in (112, 512)},
     "distillation-512": ("SelfDistillation, N=512", lambda: distillation(512), 11),
     **{
