@@ -4,7 +4,7 @@
     python examples/train.py                                     # under a minute, needs no files
     python examples/train.py --loss center_contrastive --dataset cub --data-root DIR --download
     python examples/train.py --loss triplet --miner contextual --interfere --distill ema
-    python examples/train.py --loss contrastive --label-noise 0.2 --check-labels
+    python examples/train.py --loss ntxent --label-noise 0.2 --leave-out
 
 The trainer, the sampler, the tester and the logging are PML's own; a method of pml_extras goes
 where a loss or a miner of PML would go. Accuracy is measured on classes that training never sees:
@@ -53,6 +53,7 @@ from pytorch_metric_learning.samplers import MPerClassSampler
 from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
 from pytorch_metric_learning.trainers import MetricLossOnly
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+from pytorch_metric_learning.utils.common_functions import get_labels_to_indices
 from pytorch_metric_learning.utils.inference import CustomKNN
 from pytorch_metric_learning.utils.logging_presets import HookContainer, get_record_keeper
 from torch import Tensor, nn
@@ -121,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
     train_set = replace(train_set, flip=data.mirrored)
     true_labels = train_set.labels
     train_set = datasets.with_label_noise(train_set, args.label_noise, args.seed)
-    trust = LabelTrust(train_set.labels) if args.check_labels else None
+    trust = LabelTrust(train_set.labels) if args.check_labels or args.leave_out else None
     batch_size, samples_per_class = pick_batch(args, train_set)
     config = {**describe(args), "batch_size": batch_size, "samples_per_class": samples_per_class}
     saved = checkpoint.load(out / "checkpoint.pt") if resuming else None
@@ -209,6 +210,8 @@ def run(args: argparse.Namespace) -> None:
         checkpoint.restore_trainer(trainer, saved)
         if trust and state["trust"]:
             trust.load_state_dict(state["trust"])
+        if trust and args.leave_out:
+            leave_out(sampler, trust)
         iterations = len(sampler) // batch_size * state["epoch"]
         forget_after(out / "logs", state["epoch"], iterations)
         print(f"going on after epoch {state['epoch']}")
@@ -242,6 +245,8 @@ def run(args: argparse.Namespace) -> None:
         hooks.end_of_iteration_hook(trainer)
 
     def end_of_epoch(trainer: MetricLossOnly) -> Any:
+        if trust and args.leave_out:
+            leave_out(sampler, trust)
         keep_going = test_and_log(trainer)
         measured = tester.all_accuracies["val"]
         row = {key: measured[f"{key}_level0"] for key in figures.METRICS}
@@ -334,6 +339,14 @@ def measure(
     return {key: accuracy[key] for key in figures.METRICS}, embeddings.cpu()
 
 
+def leave_out(sampler: MPerClassSampler, trust: LabelTrust) -> None:
+    """Draw no more images whose labels are distrusted, but of classes that have no others."""
+    trusted = trust.support.numpy() >= 1
+    for label, images in get_labels_to_indices(trust.labels).items():
+        kept = images[trusted[images]]
+        sampler.labels_to_indices[label] = kept if len(kept) else images
+
+
 def judge(trust: LabelTrust, true_labels: list[int]) -> dict[str, float]:
     """How well the distrusted labels are the wrong ones."""
     wrong = trust.labels != torch.tensor(true_labels)
@@ -387,6 +400,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="training labels to replace by another class's")  # fmt: skip
     add("--check-labels", action="store_true",
         help="report which training labels to distrust: labels.csv, labels.png")  # fmt: skip
+    add("--leave-out", action="store_true",
+        help="the same, and go on without them after each epoch")  # fmt: skip
     add("--epochs", type=at_least(int, 1), default=20, help="default: %(default)s")
     add("--batch-size", type=at_least(int, 2), help="default: 128, or what the classes fill")
     add("--samples-per-class", type=at_least(int, 2), help="images of a class in a batch")

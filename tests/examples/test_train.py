@@ -148,6 +148,38 @@ def test_labels_are_checked(tmp_path, capsys):
     assert not (out / "labels.csv").exists()
 
 
+def test_distrusted_labels_are_left_out(tmp_path, monkeypatch):
+    drawn = []
+
+    def draw(sampler):
+        indices = list(original(sampler))
+        drawn.append(indices)
+        return iter(indices)
+
+    original = train.MPerClassSampler.__iter__
+    monkeypatch.setattr(train.MPerClassSampler, "__iter__", draw)
+    arguments = ["--loss", "ntxent", "--label-noise", "0.3", "--leave-out"]
+    run(tmp_path / "run", *arguments, epochs=1)
+    trust = checkpoint.load(tmp_path / "run" / "checkpoint.pt")["trust"]
+    distrusted = set((trust["support"] < 1).nonzero().flatten().tolist())
+    assert distrusted & set(drawn[-1])
+    run(tmp_path / "run", *arguments, "--resume", epochs=2)
+    assert len(drawn) == 2
+    assert not distrusted & set(drawn[-1])
+
+
+def test_a_class_of_distrusted_labels_keeps_them():
+    labels = torch.tensor([0, 0, 0, 1, 1])
+    trust, sampler = train.LabelTrust(labels, 2), train.MPerClassSampler(labels, 2)
+    for support, expected in {
+        (2.0, 0.5, 1.0, 0.0, 0.9): {0: [0, 2], 1: [3, 4]},  # a class with none left keeps all
+        (2.0, 2.0, 1.0, 0.0, 3.0): {0: [0, 1, 2], 1: [4]},
+    }.items():
+        trust.support = torch.tensor(support)
+        train.leave_out(sampler, trust)
+        assert {k: v.tolist() for k, v in sampler.labels_to_indices.items()} == expected
+
+
 @pytest.mark.parametrize("loss", ["center_contrastive", "proxy_anchor"])
 def test_a_loss_with_parameters_trains_them(tmp_path, loss):
     run(tmp_path / "run", "--loss", loss, epochs=1)
@@ -214,6 +246,7 @@ def test_smooth_ap_of_pml_needs_square_batches():
         ["--loss", "contextual"],
         ["--loss", "proxy_anchor", "--label-noise", "0.2"],
         ["--loss", "contrastive", "--label-noise", "0.2", "--check-labels"],
+        ["--loss", "ntxent", "--label-noise", "0.2", "--leave-out"],
         ["--loss", "center_contrastive_average", "--amp"],
         ["--loss", "contrastive", "--distill", "snapshot"],
         ["--loss", "triplet", "--distill", "ema", "--interfere", "--miner", "contextual"],
