@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
     train_set = replace(train_set, flip=data.mirrored)
     true_labels = train_set.labels
     train_set = datasets.with_label_noise(train_set, args.label_noise, args.seed)
-    trust = LabelTrust(train_set.labels) if args.check_labels or args.leave_out else None
+    trust = LabelTrust(train_set.labels) if args.check_labels else None
     batch_size, samples_per_class = pick_batch(args, train_set)
     config = {**describe(args), "batch_size": batch_size, "samples_per_class": samples_per_class}
     saved = checkpoint.load(out / "checkpoint.pt") if resuming else None
@@ -425,6 +425,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         raise UserError(f"--download: there is nothing to fetch for --dataset {args.dataset}")
     if args.loss_lr is None:
         args.loss_lr = LOSS_LR.get(args.loss, 0.01)
+    args.check_labels |= args.leave_out
     args.out = args.out or Path("runs") / f"{args.dataset}-{args.loss}"
     return args
 

@@ -69,8 +69,8 @@ def same_class(numbers: Tensor, value: Tensor) -> Sparse:
 
 
 def ranges(first: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """What lies in each range of so many numbers from the first on, one range after another, and
-    which range it is in, before it."""
+    """arange(f, f + s) for each f of first and s of sizes, one after another: which range each
+    number is of, and the numbers."""
     which = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
     start = first - (sizes.cumsum(0) - sizes)
     return which, start[which] + torch.arange(len(which), device=sizes.device)

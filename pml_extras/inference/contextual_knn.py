@@ -107,7 +107,7 @@ class ContextualKNN:
 
     def add(self, embeddings: Tensor) -> None:
         """Take these references, (R, D), too."""
-        known = [] if self.graph is None else [self.graph.embeddings]
+        known = [] if self.graph is None else [self.graph.embeddings.to(embeddings.device)]
         self.train(torch.cat([*known, embeddings]))
 
     def save(self, filename: str | Path) -> None:

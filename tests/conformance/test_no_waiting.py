@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .capabilities import EMBEDDING_SIZE, NUM_CLASSES
 from .test_precision_and_compile import FUNCTIONS, inputs  # noqa: F401
@@ -59,19 +60,36 @@ def steps(component, loss_func, x, labels, count):
         component.call(loss_func, x.clone().requires_grad_(), labels).backward()
 
 
+class OneDevice(TorchDispatchMode):
+    """Finds what was left on another device: many functions take that from a meta tensor."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        devices = {x.device for x in tensors if x.ndim > 0}
+        assert len(devices) < 2, (function, devices)
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.fixture
 def without_values(monkeypatch, x, labels):
-    """A component's step on a device whose tensors have shapes and no values: nothing can be read,
-    and whatever stayed on another device is found."""
+    """A component's step on a device whose tensors have shapes and no values to be read."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which it knows not
 
     def step(component):
         loss_func = component.make(NUM_CLASSES, EMBEDDING_SIZE)
         steps(component, loss_func, x, labels, 2)  # the first checks the batch, and warns
         move(component, loss_func, "meta")
-        steps(component, loss_func, x.to("meta"), labels.to("meta"), 1)
+        there = x.to("meta"), labels.to("meta")
+        with OneDevice():
+            steps(component, loss_func, *there, 1)
 
     return step
+
+
+def test_what_is_on_another_device_is_seen():
+    table, y = torch.randn(6, 8), torch.arange(3, device="meta")
+    with pytest.raises(AssertionError, match="index"), OneDevice():
+        table[y]
 
 
 @pytest.mark.stating(waits_for_the_device=False)
@@ -81,7 +99,7 @@ def test_losses_get_by_without_values(loss_component, without_values):
 
 @pytest.mark.stating(waits_for_the_device=True)
 def test_those_that_wait_ask_for_values(loss_component, without_values):
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(NotImplementedError, match="nonzero"):
         without_values(loss_component)
 
 

@@ -101,6 +101,9 @@ def test_references_go_where_the_queries_are(tmp_path):
     knn.load(tmp_path / "references.pt")
     assert torch.equal(knn(x[:5], 7)[1], expected.cpu())
     assert torch.equal(knn(x[:5].cuda(), 7)[1], expected)
+    knn.load(tmp_path / "references.pt")
+    knn.add(x.cuda())
+    assert len(knn.graph.embeddings) == 100
 
 
 @pytest.mark.parametrize(
