@@ -14,16 +14,12 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
-
-import matplotlib
-
-matplotlib.use("Agg")
+from typing import Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
 from datasets import UserError
-from figures import INK, MUTED, STYLE
+from figures import MUTED, STYLE
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from optuna.distributions import BaseDistribution, FloatDistribution
@@ -46,7 +42,6 @@ from .plan import (
     METHODS,
     MINED,
     NOISE,
-    OURS,
     P1,
     PRESETS,
     PROXY_BASED,
@@ -58,6 +53,7 @@ from .plan import (
     WITHHELD,
     Cell,
 )
+from .plots import color_of, panelled, plot_lines
 from .records import Record, Results, read
 from .run import RESULTS
 from .verdicts import (
@@ -74,14 +70,6 @@ from .verdicts import (
 )
 
 DOCS = Path(__file__).parents[2] / "docs"
-COLORS = dict(zip(OURS, ("#1b6ca8", "#57b0e3", "#c0392b", "#f0932b"), strict=True))
-
-
-def color_of(method: str) -> str | None:
-    """Ours have one each, whatever the batches."""
-    return COLORS.get(method.removesuffix("_random"))
-
-
 SIGNS = {HOLDS: "✓", CONTRARY: "✗", NOT_HERE: "–", NOT_RUN: ""}
 
 
@@ -467,65 +455,6 @@ def everywhere(conditions: Sequence[str]) -> dict[str, Callable[[str], Cell]]:
         for dataset in BOTH
         for condition, cell_of in levels(dataset, conditions).items()
     }
-
-
-def plot_lines(
-    axes: Axes,
-    lines: dict[str, np.ndarray],
-    x: Sequence[float],
-    halves: dict[str, np.ndarray] | None = None,
-) -> None:
-    """Ours in colours, baselines in grey, the one that ends highest in black."""
-    rivals = [n for n in lines if n in FROM_PML and not np.isnan(lines[n][-1])]
-    best = max(rivals, key=lambda n: lines[n][-1], default=None)
-    for name, values in lines.items():
-        color, width, label = color_of(name) or "#cfcfcf", 1.8, METHODS[name].label
-        if name == best:
-            color, label = INK, "best baseline at the end"
-        elif not color_of(name):
-            width, label = 1.0, "other baselines"
-        order = 3 if color_of(name) else 2 if name == best else 1
-        axes.plot(x, values, color=color, lw=width, marker=".", label=label, zorder=order)
-        if halves and order > 1:
-            axes.fill_between(x, values - halves[name], values + halves[name], color=color,
-                              alpha=0.12, lw=0, zorder=order)  # fmt: skip
-    if best:
-        right = float(lines[best][-1]) < float(lines[best][0])  # the corner with nothing in it
-        axes.text(
-            *(0.98 if right else 0.02, 0.97, f"black: {METHODS[best].label}"),
-            ha="right" if right else "left",
-            va="top",
-            transform=axes.transAxes,
-            fontsize=8,
-        )
-
-
-def panelled(
-    panels: Sequence[Any], paint: Callable[[Axes, Any], None], y_label: str
-) -> Figure | None:
-    """Panels in rows of two, with one legend for all."""
-    if not panels:
-        return None
-    columns = min(2, len(panels))
-    rows = -(-len(panels) // columns)
-    figure, grid = plt.subplots(
-        rows,
-        columns,
-        figsize=(4.6 * columns + 2.4, 3.5 * rows),
-        squeeze=False,
-        layout="constrained",
-    )
-    labels: dict[str, Any] = {}
-    for axes, panel in zip(grid.flat, panels, strict=False):
-        paint(axes, panel)
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            labels.setdefault(label, handle)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_visible(False)
-    for row in grid:
-        row[0].set_ylabel(y_label)
-    figure.legend(labels.values(), labels, loc="outside right upper", fontsize=9)
-    return figure
 
 
 # ---- Text.
