@@ -571,7 +571,7 @@ BOTH = ("omniglot", "cifar100")
 OMNIGLOT, CIFAR100 = ("omniglot",), ("cifar100",)
 SCRATCH = ("scratch",)
 PRESETS = {
-    # Two CPU cores, about four hours: fewer levels of noise and withholding, fewer combinations.
+    # Two CPU cores, four to five hours: fewer levels of noise and withholding, fewer combinations.
     "small": Preset(
         Budget(epochs=5, steps=50, batch_size=64, width=32, shrink=True, pretraining_epochs=4),
         trials=6,
