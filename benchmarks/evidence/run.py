@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Run what `plan.py` declares, or one of the papers' own protocols.
 
-    python -m benchmarks.evidence.run --preset small --jobs 2      # two cores, four to five hours
+    python -m benchmarks.evidence.run --preset small --jobs 2      # two cores, about four hours
     python -m benchmarks.evidence.run --only clean 'cifar100/*' --budget-minutes 30
     python -m benchmarks.evidence.run --preset full --device cuda --jobs 8
     python -m benchmarks.evidence.run --protocol cub --data-root DIR --backbone my_nets:resnet50
