@@ -60,9 +60,10 @@ def sparse_context(
     """The contextual similarity of n samples with each other, with k <= n neighbours."""
     near, is_nearest = _neighborhoods(distances, n, k, slack, device)
     shared = near @ near.transposed()
-    nearest, reciprocal, opinion = _opinions(near, is_nearest, shared.at(near.rows, near.cols))
-    members, degree = near.row_sums(), reciprocal.row_sums()
-    context = _both_ways(_average(reciprocal) @ opinion)
+    members, both = near.row_sums(), shared.at(near.rows, near.cols)
+    nearest, reciprocal, opinion = _opinions(near, is_nearest, members, both)
+    degree = reciprocal.row_sums()
+    context = _both_ways(_average(reciprocal, degree) @ opinion)
     return SparseContext(near, nearest, shared, reciprocal, opinion, context, members, degree)
 
 
@@ -122,8 +123,8 @@ def _friends_and_opinions(
 ) -> tuple[Sparse, Sparse]:
     """R, its rows divided by their sums, and W: what S is made of, where nothing goes backward."""
     near, is_nearest = _neighborhoods(distances, n, k, 0.0, device)
-    _, reciprocal, opinion = _opinions(near, is_nearest, _count_shared(near))
-    return _average(reciprocal), opinion
+    _, reciprocal, opinion = _opinions(near, is_nearest, near.row_sums(), _count_shared(near))
+    return _average(reciprocal, reciprocal.row_sums()), opinion
 
 
 def _count_shared(near: Sparse) -> Tensor:
@@ -146,9 +147,11 @@ def _count_shared(near: Sparse) -> Tensor:
     return counts
 
 
-def _opinions(near: Sparse, is_nearest: Tensor, shared: Tensor) -> tuple[Sparse, Sparse, Sparse]:
-    """M^2, R and W, from M, and from how many samples the two of each of its pairs share."""
-    rows, cols, members = near.rows, near.cols, near.row_sums()
+def _opinions(
+    near: Sparse, is_nearest: Tensor, members: Tensor, shared: Tensor
+) -> tuple[Sparse, Sparse, Sparse]:
+    """M^2, R and W, from M, its row sums, and how many neighbours its pairs share."""
+    rows, cols = near.rows, near.cols
     i, j = rows[is_nearest], cols[is_nearest]
     nearest = Sparse(i, j, near.values[is_nearest], near.n)
     mutual = nearest.at(j, i) > 0
@@ -157,8 +160,8 @@ def _opinions(near: Sparse, is_nearest: Tensor, shared: Tensor) -> tuple[Sparse,
     return nearest, reciprocal, opinion
 
 
-def _average(reciprocal: Sparse) -> Sparse:
-    return reciprocal.with_values(1 / reciprocal.row_sums()[reciprocal.rows])
+def _average(reciprocal: Sparse, degree: Tensor) -> Sparse:
+    return reciprocal.with_values(1 / degree[reciprocal.rows])
 
 
 def _both_ways(context: Sparse) -> Sparse:
