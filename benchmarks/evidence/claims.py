@@ -40,10 +40,18 @@ class NotRunError(Exception):
 class Comparison:
     """Differences by seed, whose 95% interval is to lie above a threshold."""
 
-    label: str
+    cell: Cell  # whose method the claim is about
+    of: str  # what is compared; empty where the claim says it
     differences: Callable[[Scores], list[float]]
     threshold: float = 0.0
     unit: str = "points"  # hundredths; or epochs
+
+    @property
+    def label(self) -> str:
+        shown = [DATASETS[self.cell.dataset].label, STARTS[self.cell.start]]
+        if self.cell.condition != "clean":
+            shown.append(CONDITIONS[self.cell.condition].label)
+        return ", ".join([*shown, self.of] if self.of else shown)
 
 
 @dataclass(frozen=True)
@@ -108,11 +116,11 @@ def with_and_without(cell: Cell, without: str, metric: str) -> Callable[[Scores]
     return lambda scores: minus(scores(cell, metric), scores(cell._replace(method=without), metric))
 
 
-def re_ranked(dataset: str) -> Callable[[Scores], list[float]]:
+def re_ranked(place: Cell) -> Callable[[Scores], list[float]]:
     """The mean over the methods: what is compared are seeds."""
 
     def differences(scores: Scores) -> list[float]:
-        cells = [Cell(dataset, "scratch", "clean", name) for name in MAIN]
+        cells = [place._replace(method=name) for name in MAIN]
         by_method = [minus(scores(c, RERANKED), scores(c, MAP)) for c in cells]
         return [sum(column) / len(cells) for column in zip(*by_method, strict=True)]
 
@@ -122,65 +130,55 @@ def re_ranked(dataset: str) -> Callable[[Scores], list[float]]:
 def claims(preset: Preset) -> list[Claim]:
     """The claims, with the comparisons that the preset has cells for."""
     planned = set(preset.cells())
-    datasets = [name for name in BOTH if any(cell.dataset == name for cell in planned)]
     baselines = tuple(BASELINES)
     in_any_batches = baselines + tuple(f"{n}_random" for n in PROXY_BASED if n in BASELINES)
 
-    def label(cell: Cell, *more: str) -> str:
-        shown = [DATASETS[cell.dataset].label]
-        if cell.start != "scratch":
-            shown.append("fine-tuned")
-        if cell.condition != "clean":
-            shown.append(CONDITIONS[cell.condition].label)
-        return ", ".join([*shown, *more])
+    def cells(method: str, condition: str = "clean") -> list[Cell]:
+        datasets = (*BOTH, "cifar100_classes")
+        every = [
+            Cell(dataset, start, condition, method) for dataset in datasets for start in STARTS
+        ]
+        return [cell for cell in every if cell in planned]
 
     def centers(method: str, others: tuple[str, ...] = baselines) -> list[Comparison]:
         found = []
-        for dataset in datasets:
-            for start in STARTS:
-                cell = Cell(dataset, start, "clean", method)
-                if cell not in planned:
-                    continue
-                for metric, name in ((P1, "R@1"), (MAP, "MAP@R")):
-                    found.append(Comparison(label(cell, name), above_best(cell, others, metric)))
-                found.append(
-                    Comparison(
-                        label(cell, "half the epochs"),
-                        in_half_the_epochs(cell, others),
-                        threshold=-0.01,  # exactly half will do
-                        unit="epochs",
-                    )
+        for cell in cells(method):
+            for metric, name in ((P1, "R@1"), (MAP, "MAP@R")):
+                found.append(Comparison(cell, name, above_best(cell, others, metric)))
+            found.append(
+                Comparison(
+                    cell,
+                    "half the epochs",
+                    in_half_the_epochs(cell, others),
+                    threshold=-0.01,  # exactly half will do
+                    unit="epochs",
                 )
+            )
         return found
 
     def robust(method: str) -> list[Comparison]:
         found = []
-        for dataset in datasets:
+        for clean in cells(method):
             for levels in (NOISE, WITHHELD):
-                cells = [Cell(dataset, "scratch", level, method) for level in levels]
-                cells = [cell for cell in cells if cell in planned]
-                if cells:  # the hardest level
-                    cell = cells[-1]
+                spoilt = [clean._replace(condition=level) for level in levels]
+                for cell in [cell for cell in spoilt if cell in planned][-1:]:  # the hardest level
                     found += [
-                        Comparison(label(cell, "margin"), above_best(cell, baselines, MAP)),
-                        Comparison(label(cell, "growth of the margin"), grows(cell, baselines)),
+                        Comparison(cell, "margin", above_best(cell, baselines, MAP)),
+                        Comparison(cell, "growth of the margin", grows(cell, baselines)),
                     ]
         return found
 
     def miner(name: str) -> list[Comparison]:
-        found = []
-        for dataset in datasets:
-            for base in ("contrastive", "triplet"):
-                cell = Cell(dataset, "scratch", "noise30", f"{base}+{name}")
-                others = (base, f"{base}+ms_miner", f"{base}+triplet_miner")
-                found.append(
-                    Comparison(label(cell, METHODS[base].label), above_best(cell, others, MAP))
-                )
-        return found
+        return [
+            Comparison(
+                cell,
+                METHODS[base].label,
+                above_best(cell, (base, f"{base}+ms_miner", f"{base}+triplet_miner"), MAP),
+            )
+            for base in ("contrastive", "triplet")
+            for cell in cells(f"{base}+{name}", "noise30")
+        ]
 
-    few_shot = Cell("omniglot", "scratch", "clean", "triplet+cir")
-    classes = Cell("cifar100_classes", "scratch", "clean", "softmax+cir")
-    long_tail = Cell("omniglot", "scratch", "long_tail", "center_contrastive")
     all_claims = [
         Claim(
             "CCL is better and faster than proxy and pair losses",
@@ -211,10 +209,8 @@ def claims(preset: Preset) -> list[Claim]:
             "2308.00458",
             "MAP@R on unseen classes of the rare alphabets above ProxyAnchor's",
             [
-                Comparison(
-                    label(long_tail, "rare alphabets"),
-                    with_and_without(long_tail, "proxy_anchor", RARE),
-                )
+                Comparison(cell, "rare alphabets", with_and_without(cell, "proxy_anchor", RARE))
+                for cell in cells("center_contrastive", "long_tail")
             ],
         ),
         Claim(
@@ -234,12 +230,9 @@ def claims(preset: Preset) -> list[Claim]:
             "2206.08880",
             "with against without, for each baseline",
             [
-                Comparison(
-                    f"{DATASETS[dataset].label}, {METHODS[name].label}",
-                    with_and_without(Cell(dataset, "scratch", "clean", f"{name}+lsd"), name, MAP),
-                )
-                for dataset in datasets
+                Comparison(cell, METHODS[name].label, with_and_without(cell, name, MAP))
                 for name in baselines
+                for cell in cells(f"{name}+lsd")
             ],
         ),
         Claim(
@@ -247,7 +240,8 @@ def claims(preset: Preset) -> list[Claim]:
             "2009.02396",
             "with against without, on unseen Omniglot classes",
             [
-                Comparison(episode, with_and_without(few_shot, "triplet", episode))
+                Comparison(cell, episode, with_and_without(cell, "triplet", episode))
+                for cell in cells("triplet+cir")
                 for episode in FEW_SHOT
             ],
         ),
@@ -257,10 +251,12 @@ def claims(preset: Preset) -> list[Claim]:
             "accuracy at most half a point below label smoothing's",
             [
                 Comparison(
-                    "CIFAR-100",
-                    with_and_without(classes, "softmax_smoothed", ACCURACY),
+                    cell,
+                    "",
+                    with_and_without(cell, "softmax_smoothed", ACCURACY),
                     threshold=-0.005,
                 )
+                for cell in cells("softmax+cir")
             ],
         ),
         Claim(
@@ -280,7 +276,7 @@ def claims(preset: Preset) -> list[Claim]:
             "contextual re-ranking improves MAP@R",
             "ours, cf. 1701.08398",
             "re-ranked against plain nearest neighbours, mean over the methods",
-            [Comparison(DATASETS[dataset].label, re_ranked(dataset)) for dataset in datasets],
+            [Comparison(cell, "", re_ranked(cell)) for cell in cells("contrastive")],
         ),
     ]
-    return [claim for claim in all_claims if claim.comparisons and datasets]
+    return [claim for claim in all_claims if claim.comparisons]

@@ -44,27 +44,28 @@ def load_training(dataset: str, start: str, condition: str, seed: int, root: Pat
     """`start` may also be "pretraining": the half of the classes that is not fine-tuned on."""
     spec, how = DATASETS[dataset], CONDITIONS[condition]
     if spec.classification:
-        images, validation = datasets.hold_out(_official(spec.source, root, test=False))
+        every = _official(spec.source, root, test=False)
+        kept = half(np.ones(len(every.names), dtype=bool), start)
+        images, validation = datasets.hold_out(of_classes(every, kept))
     else:
         every = _classes(spec.source, root, test=False)
         place = places(every.names)
         validation = of_classes(every, place % 5 == 4)
         # Unseen classes of the training alphabets, for the test that a long tail needs.
         kept = (place % 5 != 4) & ((place % 5 != 2) | (how.imbalance == 1))
-        if start != "scratch":
-            half = np.cumsum(kept) % 2 == (start == "finetune")
-            kept &= half
-        images = of_classes(every, kept)
+        images = of_classes(every, half(kept, start))
     images = impoverish(images, how, seed)
     told = datasets.with_label_noise(images, how.noise, seed)
     mirrored = spec.source == "cifar100"
     return Training(replace(told, flip=mirrored), images.labels, validation)
 
 
-def load_test(dataset: str, condition: str, seed: int, root: Path) -> Test:
+def load_test(dataset: str, start: str, condition: str, seed: int, root: Path) -> Test:
     spec, how = DATASETS[dataset], CONDITIONS[condition]
     if spec.classification:
-        return Test(_official(spec.source, root, test=True), frozenset())
+        every = _official(spec.source, root, test=True)
+        kept = half(np.ones(len(every.names), dtype=bool), start)
+        return Test(of_classes(every, kept), frozenset())
     if how.imbalance == 1:
         return Test(_classes(spec.source, root, test=True), frozenset())
     every = _classes(spec.source, root, test=False)
@@ -112,6 +113,11 @@ def places(names: Sequence[str]) -> np.ndarray:
         result.append(seen[group])
         seen[group] += 1
     return np.array(result)
+
+
+def half(kept: np.ndarray, start: str) -> np.ndarray:
+    """Of the classes that are kept (a bool a class), those that a start trains on."""
+    return kept if start == "scratch" else kept & (np.cumsum(kept) % 2 == (start == "finetune"))
 
 
 def of_classes(images: Images, chosen: np.ndarray) -> Images:

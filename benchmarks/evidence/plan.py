@@ -395,6 +395,7 @@ COMBINATIONS = (
     "contrastive+context_miner_late",
     "contrastive+context_miner_late+lsd",
 )
+CLASSIFIERS = ("softmax", "softmax_smoothed", "softmax+cir")
 MINED = tuple(name for name in METHODS if "_miner" in name and "lsd" not in name)
 
 
@@ -439,10 +440,7 @@ DATASETS = {
     "cifar100_classes": Dataset("CIFAR-100, classification", "cifar100", classification=True),
     "digits": Dataset("digits", "digits"),  # needs no files; for trying things out
 }
-STARTS = {
-    "scratch": "from scratch",
-    "finetune": "fine-tuned: one half of the training classes after NormalizedSoftmax on the other",
-}
+STARTS = {"scratch": "from scratch", "finetune": "fine-tuned"}
 PRETRAINING: Setting = {"lr": 3e-3, "proxy_lr": 0.1, "temperature": 0.05}
 
 
@@ -482,15 +480,21 @@ class Cell(NamedTuple):
         return self._replace(condition=CONDITIONS[self.condition].tuned_on, method=method)
 
     @property
+    def drawn_by_class(self) -> bool:
+        """Or as the images come."""
+        long_tailed = CONDITIONS[self.condition].imbalance > 1
+        return not (DATASETS[self.dataset].classification or long_tailed)
+
+    @property
     def reranked(self) -> bool:
         """Whether to measure re-ranking too, which takes longer than the test without it."""
         main = self.condition == "clean" and self.method in MAIN
-        combined = self.condition in ("clean", "noise30") and self.method in COMBINATIONS
-        return (
+        combined = (
             self.start == "scratch"
-            and not DATASETS[self.dataset].classification
-            and (main or combined)
+            and self.condition in ("clean", "noise30")
+            and self.method in COMBINATIONS
         )
+        return not DATASETS[self.dataset].classification and (main or combined)
 
 
 # ---- How much is run.
@@ -542,52 +546,48 @@ class Preset:
         return asdict(self.budget)
 
 
-def blocks(datasets: tuple[str, ...], **others: Block) -> dict[str, Block]:
-    distilled_pairs = tuple(f"{name}{lsd}" for name in BASELINES for lsd in ("", "+lsd"))
-    distilled_pairs += tuple(f"{name}+lsd_sharp" for name in SHARP)
-    return {
-        "clean": Block(datasets, ("scratch",), ("clean",), MAIN),
-        "few_shot": Block(("omniglot",), ("scratch",), ("clean",), ("triplet", "triplet+cir")),
-        "classes": Block(
-            ("cifar100_classes",),
-            ("scratch",),
-            ("clean",),
-            ("softmax", "softmax_smoothed", "softmax+cir"),
-        ),
-        "long_tail": Block(("omniglot",), ("scratch",), ("long_tail",), PROXY_BASED),
-        "noise": Block(datasets, ("scratch",), NOISE, MAIN),
-        "miner": Block(datasets, ("scratch",), ("noise30",), ("contrastive", "triplet", *MINED)),
-        "distillation": Block(datasets, ("scratch",), ("clean",), distilled_pairs),
-        "withheld": Block(datasets, ("scratch",), WITHHELD, MAIN),
-        "finetune": Block(datasets, ("finetune",), ("clean",), MAIN),
-        "combinations": Block(datasets, ("scratch",), ("clean", "noise30"), COMBINATIONS),
-        "batches": Block(datasets, ("scratch",), ("clean", "noise30"), BATCHES),
-        "cleaned": Block(datasets, ("scratch",), NOISE, CLEANED),
-        **others,
+def claimed(
+    start: str, noise: tuple[str, ...] = NOISE, withheld: tuple[str, ...] = WITHHELD
+) -> dict[str, Block]:
+    """What the claims compare."""
+    starts, clean = (start,), ("clean",)
+    blocks = {
+        "clean": Block(BOTH, starts, clean, MAIN),
+        "few_shot": Block(OMNIGLOT, starts, clean, ("triplet", "triplet+cir")),
+        "classes": Block(("cifar100_classes",), starts, clean, CLASSIFIERS),
+        "long_tail": Block(OMNIGLOT, starts, ("long_tail",), PROXY_BASED),
+        "distillation": Block(BOTH, starts, clean, tuple(f"{name}+lsd" for name in BASELINES)),
+        "noise": Block(BOTH, starts, noise, MAIN),
+        "miner": Block(BOTH, starts, ("noise30",), MINED),
+        "withheld": Block(BOTH, starts, withheld, MAIN),
     }
+    return {name if start == "scratch" else f"{name}_{start}": b for name, b in blocks.items()}
 
 
 BOTH = ("omniglot", "cifar100")
 OMNIGLOT, CIFAR100 = ("omniglot",), ("cifar100",)
 SCRATCH = ("scratch",)
+SMALL = Budget(epochs=5, steps=50, batch_size=64, width=32, shrink=True, pretraining_epochs=4)
+SHARPLY = tuple(f"{name}+lsd_sharp" for name in SHARP)
 PRESETS = {
-    # Fewer levels of noise and withholding, fewer combinations. On two idle CPU cores a run takes
-    # six seconds: the claims from scratch, which come first, about two hours, all of it about four.
-    "small": Preset(
-        Budget(epochs=5, steps=50, batch_size=64, width=32, shrink=True, pretraining_epochs=4),
-        trials=6,
-        seeds=5,
-        blocks=blocks(
-            BOTH,
-            noise=Block(BOTH, SCRATCH, ("noise30",), MAIN),
-            noise50=Block(OMNIGLOT, SCRATCH, ("noise50",), MAIN),
-            withheld=Block(BOTH, SCRATCH, ("withheld75",), MAIN),
-            combinations=Block(OMNIGLOT, SCRATCH, ("clean", "noise30"), COMBINATIONS),
-            batches=Block(OMNIGLOT, SCRATCH, ("clean", "noise30"), BATCHES),
-            batches_cifar100=Block(CIFAR100, SCRATCH, ("clean",), AT_RANDOM),
-            cleaned=Block(OMNIGLOT, SCRATCH, ("noise30", "noise50"), CLEANED),
-            cleaned_cifar100=Block(CIFAR100, SCRATCH, ("clean", "noise30"), CLEANED),
-        ),
+    # The claims at one level of noise and of withholding. About two hours each on two CPU cores.
+    "small": Preset(SMALL, 6, 5, claimed("scratch", ("noise30",), ("withheld75",))),
+    "small-finetuned": Preset(SMALL, 6, 5, claimed("finetune", ("noise30",), ("withheld75",))),
+    # What the mechanisms suggest, and what pays together.
+    "small-explored": Preset(
+        SMALL,
+        6,
+        5,
+        {
+            "combinations": Block(OMNIGLOT, SCRATCH, ("clean", "noise30"), COMBINATIONS),
+            "batches": Block(OMNIGLOT, SCRATCH, ("clean", "noise30"), BATCHES),
+            "batches_cifar100": Block(CIFAR100, SCRATCH, ("clean",), AT_RANDOM),
+            "batches_finetune": Block(BOTH, ("finetune",), ("clean",), AT_RANDOM),
+            "cleaned": Block(OMNIGLOT, SCRATCH, ("noise30", "noise50"), CLEANED),
+            "cleaned_cifar100": Block(CIFAR100, SCRATCH, ("clean", "noise30"), CLEANED),
+            "noise50": Block(OMNIGLOT, SCRATCH, ("noise50",), MAIN),
+            "sharp": Block(BOTH, SCRATCH, ("clean",), SHARPLY),
+        },
     ),
     # The small one's network, four times as long: who only wants more steps. Proxies in the batches
     # that suit them.
@@ -612,13 +612,14 @@ PRESETS = {
         Budget(epochs=30, steps=100, batch_size=128, width=64, shrink=False, pretraining_epochs=20),
         trials=20,
         seeds=10,
-        blocks=blocks(
-            BOTH,
-            finetune_noise=Block(BOTH, ("finetune",), NOISE, (*MAIN, *MINED)),
-            finetune_distillation=Block(
-                BOTH, ("finetune",), ("clean",), tuple(f"{name}+lsd" for name in BASELINES)
-            ),
-        ),
+        blocks={
+            **claimed("scratch"),
+            **claimed("finetune"),
+            "combinations": Block(BOTH, SCRATCH, ("clean", "noise30"), COMBINATIONS),
+            "batches": Block(BOTH, SCRATCH, ("clean", "noise30"), BATCHES),
+            "cleaned": Block(BOTH, SCRATCH, NOISE, CLEANED),
+            "sharp": Block(BOTH, SCRATCH, ("clean",), SHARPLY),
+        },
     ),
     # A minute, and no files: to see that everything works.
     "smoke": Preset(
@@ -635,6 +636,17 @@ PRESETS = {
         },
     ),
 }
+
+
+def whole(name: str) -> tuple[str, Preset]:
+    """Runs of one budget are comparable. So the presets with the budget of the named one share a
+    file of results and a page: the first's name, and all that they run."""
+    alike = {n: p for n, p in PRESETS.items() if p.budget == PRESETS[name].budget}
+    blocks = {block: b for preset in alike.values() for block, b in preset.blocks.items()}
+    first = next(iter(alike))
+    return first, replace(PRESETS[first], blocks=blocks)
+
+
 TRIAL_SEED = 1000  # of every trial: settings differ by nothing else, and by no seed of a table
 
 

@@ -2,7 +2,7 @@
 """Tables and figures from the result lines: docs/evidence.md and docs/evidence/*.png.
 
     python -m benchmarks.evidence.render                  # the largest preset that has results
-    python -m benchmarks.evidence.render --preset small
+    python -m benchmarks.evidence.render --preset small    # and what shares its budget
 
 Everything on the page comes from the plan and the lines, but for results/notes-PRESET.md: what we
 make of it, which is put at the top if there is such a file. What was not run is said to be so.
@@ -30,6 +30,7 @@ from .plan import (
     ACCURACY,
     BASELINES,
     BOTH,
+    CLASSIFIERS,
     CLEANED,
     COMBINATIONS,
     CONDITIONS,
@@ -52,6 +53,7 @@ from .plan import (
     STARTS,
     WITHHELD,
     Cell,
+    whole,
 )
 from .plots import color_of, panelled, plot_lines
 from .records import Record, Results, read
@@ -66,7 +68,8 @@ from .verdicts import (
     Scored,
     curve,
     interval,
-    judge_claim,
+    judge,
+    overall,
 )
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -135,47 +138,53 @@ class Page:
         ]
         return table(["", *columns], body)
 
+    def by_start(self, part: Callable[[str], str]) -> str:
+        """What there is to say of each start, if the plan has any of it."""
+        found = {title: part(start) for start, title in STARTS.items()}
+        return "\n\n".join(f"### {title.capitalize()}\n\n{f}" for title, f in found.items() if f)
+
     # ---- The parts.
 
     def claims(self) -> str:
-        head, details = [], []
+        head, details, total = [], [], 0
         for claim in claims(self.preset):
-            overall, judged = judge_claim(claim, self.results)
-            head.append([claim.text, source(claim), claim.test, f"**{overall}**", count(judged)])
-            details += [f"\n*{claim.text}* — {overall}\n", comparisons(claim, judged)]
+            judged = [judge(comparison, self.results) for comparison in claim.comparisons]
+            total += len(judged)
+            found = [[j for j in judged if j.comparison.cell.start == start] for start in STARTS]
+            verdicts = [f"**{overall(js)}**: {count(js)}" if js else "" for js in found]
+            head.append([claim.text, source(claim), claim.test, *verdicts])
+            details += [f"\n*{claim.text}*\n", comparisons(judged)]
         return "\n".join(
             [
-                table(["claim", "source", "test", "here", "comparisons"], head, of="words"),
+                table(["claim", "source", "test", *STARTS.values()], head, of="words"),
                 f"\n{SIGNS[HOLDS]} the 95% interval of the difference, paired by seed, lies above"
                 f" the threshold; {SIGNS[CONTRARY]} below it; {SIGNS[NOT_HERE]} neither. “The best"
                 " baseline” is the one with the highest mean on the test classes, which is the"
                 " hardest to beat. A claim holds if all its comparisons do, and is contrary if"
-                " some are and none holds. The intervals are each its own: with"
-                f" {sum(len(c.comparisons) for c in claims(self.preset))} of them, one or two lie"
-                " on the wrong side by chance.\n\n### Each comparison",
+                f" some are and none holds. The intervals are each its own: of {total} about"
+                f" {0.05 * total:.0f} miss what they are to cover.\n\n### Each comparison",
                 *details,
             ]
         )
 
     def clean(self) -> str:
         parts = []
-        for start in STARTS:
-            for dataset in BOTH:
-                cells = [Cell(dataset, start, "clean", name) for name in self.main]
-                cells = [cell for cell in cells if cell in self.planned]
-                if not cells:
-                    continue
-                columns = [self.column(cells, metric) for metric in (P1, "r_precision", MAP)] + [
-                    [self.cost(cell, "seconds_per_step", 1000) for cell in cells]
-                ]
-                columns.append([self.cost(cell, "peak_mib", 1) for cell in cells])
-                names = [METHODS[cell.method].label for cell in cells]
-                body = zip(names, *columns, strict=True)
-                parts += [
-                    f"### {DATASETS[dataset].label}, {STARTS[start]}\n",
-                    table(["", "R@1", "R-precision", "MAP@R", "ms a step", "MiB a step"], body),
-                    "",
-                ]
+        for dataset, start in PLACES:
+            cells = [Cell(dataset, start, "clean", name) for name in self.main]
+            cells = [cell for cell in cells if cell in self.planned]
+            if not cells:
+                continue
+            columns = [self.column(cells, metric) for metric in (P1, "r_precision", MAP)] + [
+                [self.cost(cell, "seconds_per_step", 1000) for cell in cells]
+            ]
+            columns.append([self.cost(cell, "peak_mib", 1) for cell in cells])
+            names = [METHODS[cell.method].label for cell in cells]
+            body = zip(names, *columns, strict=True)
+            parts += [
+                f"### {place(dataset, start)}\n",
+                table(["", "R@1", "R-precision", "MAP@R", "ms a step", "MiB a step"], body),
+                "",
+            ]
         parts += [
             "A step's time is that of the processor, or of the GPU if there is one; its memory is"
             " what the first epoch needs beyond data and network. Medians over the seeds.",
@@ -190,39 +199,49 @@ class Page:
 
     def conditions(self) -> str:
         parts = []
-        for dataset in BOTH:
-            shown = {
-                label: (cell_of, MAP)
-                for label, cell_of in levels(dataset, ("clean", *NOISE, *WITHHELD)).items()
-                if cell_of(MAIN[0]) in self.planned
-            }
+        for dataset, start in PLACES:
+            shown = {}
+            for condition in ("clean", *NOISE, *WITHHELD):
+                cell_of = at(dataset, condition, start)
+                if cell_of(MAIN[0]) in self.planned:
+                    shown[CONDITIONS[condition].label] = (cell_of, MAP)
             if len(shown) > 1:
-                parts += [f"### {DATASETS[dataset].label}\n", self.grid(MAIN, shown), ""]
+                parts += [f"### {place(dataset, start)}\n", self.grid(MAIN, shown), ""]
         return "\n".join([*parts, self.draw("conditions", self.robustness)])
 
     def long_tail(self) -> str:
-        where = at("omniglot", "long_tail")
-        return self.grid(
-            PROXY_BASED, {"all alphabets": (where, MAP), "rare alphabets": (where, RARE)}
-        )
+        columns = {
+            f"{title}, {alphabets}": (at("omniglot", "long_tail", start), metric)
+            for start, title in STARTS.items()
+            for alphabets, metric in (("all alphabets", MAP), ("rare ones", RARE))
+        }
+        return self.grid(PROXY_BASED, columns)
 
     def distillation(self) -> str:
-        columns = {DATASETS[dataset].label: at(dataset) for dataset in BOTH}
+        def paired(names: Sequence[str], more: str, start: str) -> str:
+            columns = {DATASETS[dataset].label: at(dataset, start=start) for dataset in BOTH}
+            return self.paired({name: f"{name}{more}" for name in names}, "+ LSD", columns)
+
         return "\n\n".join(
             [
-                self.paired({name: f"{name}+lsd" for name in BASELINES}, "+ LSD", columns),
-                "At lower temperatures, chosen with alpha:",
-                self.paired({name: f"{name}+lsd_sharp" for name in SHARP}, "+ LSD", columns),
+                self.by_start(lambda start: paired(tuple(BASELINES), "+lsd", start)),
+                "### From scratch, at lower temperatures",
+                "The temperature is chosen with alpha.",
+                paired(SHARP, "+lsd_sharp", "scratch"),
             ]
         )
 
     def batches(self) -> str:
-        conditions = everywhere(("clean", "noise30"))
-        kinds = {"random": PROXY_BASED, "square": SQUARED}
-        return "\n\n".join(
-            self.paired({name: f"{name}_{kind}" for name in names}, kind, conditions)
-            for kind, names in kinds.items()
-        )
+        def paired(start: str) -> str:
+            conditions = everywhere(("clean", "noise30"), start)
+            kinds = {"random": PROXY_BASED, "square": SQUARED}
+            found = [
+                self.paired({name: f"{name}_{kind}" for name in names}, kind, conditions)
+                for kind, names in kinds.items()
+            ]
+            return "\n\n".join(filter(None, found))
+
+        return self.by_start(paired)
 
     def cleaned(self) -> str:
         names = {name.removesuffix("_cleaned"): name for name in CLEANED}
@@ -242,28 +261,34 @@ class Page:
                 whole = planned.issuperset(cells)
                 row.append(self.difference(cells[1], cells[0], MAP) if whole else "")
             body.append(row)
-        return table(["", *(h for name in columns for h in (name, title, "difference"))], body)
+        heads = ["", *(h for name in columns for h in (name, title, "difference"))]
+        return table(heads, body) if columns else ""
 
     def few_shot(self) -> str:
-        columns = {episode: (at("omniglot"), episode) for episode in FEW_SHOT}
+        columns = {
+            f"{title}, {episode}": (at("omniglot", start=start), episode)
+            for start, title in STARTS.items()
+            for episode in FEW_SHOT
+        }
         return self.grid(("triplet", "triplet+cir"), columns)
 
     def classes(self) -> str:
-        where = at("cifar100_classes")
-        names = [name for name in METHODS if name.startswith("softmax")]
-        return self.grid(names, {"accuracy": (where, ACCURACY)})
+        columns = {
+            title: (at("cifar100_classes", start=start), ACCURACY)
+            for start, title in STARTS.items()
+        }
+        return self.grid(CLASSIFIERS, columns)
 
     def miner(self) -> str:
-        names = ("contrastive", "triplet", *MINED)
-        columns = {DATASETS[d].label: (at(d, "noise30"), MAP) for d in BOTH}
-        return self.grid([n for n in names if not n.startswith("multi")], columns)
+        columns = {place(*where): (at(where[0], "noise30", where[1]), MAP) for where in PLACES}
+        return self.grid(("contrastive", "triplet", *MINED), columns)
 
-    def reranking(self) -> str:
+    def reranking(self, start: str) -> str:
         body = []
         for name in MAIN:
             row = [METHODS[name].label]
             for dataset in BOTH:
-                cell = Cell(dataset, "scratch", "clean", name)
+                cell = Cell(dataset, start, "clean", name)
                 row += [self.text(self.measured(cell, metric)) for metric in (MAP, RERANKED)]
                 row.append(self.difference(cell, cell, RERANKED, MAP))
                 row.append(self.difference(cell, cell, f"reranked_{P1}", P1))
@@ -288,9 +313,9 @@ class Page:
         """The best of ours on validation classes, against the best of PML's on test classes, in
         whatever batches."""
         body = []
-        for dataset in BOTH:
+        for dataset, start in PLACES:
             for condition in ("clean", "noise30"):
-                where = at(dataset, condition)
+                where = at(dataset, condition, start)
                 ours = [n for n in METHODS if n not in FROM_PML and where(n) in self.planned]
                 ours = [n for n in ours if self.complete(where(n))]
                 rivals = [n for n in FROM_PML if self.complete(where(n))]
@@ -300,7 +325,7 @@ class Page:
                 rival = max(rivals, key=lambda n: self.measured(where(n), MAP).mean)  # type: ignore[union-attr]
                 body.append(
                     [
-                        f"{DATASETS[dataset].label}, {CONDITIONS[condition].label}",
+                        f"{place(dataset, start)}, {CONDITIONS[condition].label}",
                         METHODS[pick].label,
                         self.text(self.measured(where(pick), MAP)),
                         METHODS[rival].label,
@@ -333,16 +358,15 @@ class Page:
             "teacher_entropy": "teacher's entropy",
         }
         parts = []
-        for condition in ("clean", "noise30"):
+        for title, cell_of in everywhere(("clean", "noise30"), "scratch").items():
             body = []
             for name in METHODS:
-                runs = self.results.tested(at("omniglot", condition)(name))
+                runs = self.results.tested(cell_of(name))
                 last = [r["history"][-1]["probes"] for r in runs if r["history"]]
                 if last:
                     body.append([METHODS[name].label, *(mean_probe(last, key) for key in heads)])
             if body:
-                title = f"### Omniglot, {CONDITIONS[condition].label}\n"
-                parts += [title, table(["", *heads.values()], body), ""]
+                parts += [f"### {title}\n", table(["", *heads.values()], body), ""]
         return "\n".join(parts) or NOT_RUN
 
     def spaces(self) -> str:
@@ -370,9 +394,8 @@ class Page:
 
     def curves(self) -> Figure | None:
         """MAP@R on validation classes while training; mean over the seeds."""
-        panels = [(d, s) for s in STARTS for d in BOTH]
         panels = [
-            p for p in panels if any(self.results.tested(Cell(*p, "clean", n)) for n in self.main)
+            p for p in PLACES if any(self.results.tested(Cell(*p, "clean", n)) for n in self.main)
         ]
 
         def paint(axes: Axes, panel: tuple[str, str]) -> None:
@@ -384,7 +407,7 @@ class Page:
                     epochs = self.preset.budget.epochs
                     lines[name] = np.mean([curve(run, epochs) for run in runs], axis=0)
             plot_lines(axes, lines, range(self.preset.budget.epochs + 1))
-            axes.set(title=f"{DATASETS[dataset].label}, {START_TITLES[start]}", xlabel="epoch")
+            axes.set(title=place(dataset, start), xlabel="epoch")
             axes.xaxis.get_major_locator().set_params(integer=True)
 
         return panelled(panels, paint, "MAP@R, validation classes")
@@ -392,26 +415,26 @@ class Page:
     def robustness(self) -> Figure | None:
         """MAP@R on test classes, by share of wrong labels and of images withheld; 95% intervals."""
         panels = [
-            (dataset, kind)
+            (dataset, start, kind)
             for kind in (NOISE, WITHHELD)
-            for dataset in BOTH
-            if any(self.results.tested(at(dataset, c)(n)) for c in kind for n in MAIN)
+            for dataset, start in PLACES
+            if any(self.results.tested(at(dataset, c, start)(n)) for c in kind for n in MAIN)
         ]
 
-        def paint(axes: Axes, panel: tuple[str, tuple[str, ...]]) -> None:
-            dataset, kind = panel
+        def paint(axes: Axes, panel: tuple[str, str, tuple[str, ...]]) -> None:
+            dataset, start, kind = panel
             lines, halves, shares = {}, {}, []
             conditions = [
-                c for c in ("clean", *kind) if Cell(dataset, "scratch", c, MAIN[0]) in self.planned
+                c for c in ("clean", *kind) if Cell(dataset, start, c, MAIN[0]) in self.planned
             ]
             shares = [100 * (CONDITIONS[c].noise + CONDITIONS[c].withheld) for c in conditions]
             for name in MAIN:
-                found = [self.measured(at(dataset, c)(name), MAP) for c in conditions]
+                found = [self.measured(at(dataset, c, start)(name), MAP) for c in conditions]
                 lines[name] = np.array([f.mean if f else np.nan for f in found])
                 halves[name] = np.array([f.half if f else np.nan for f in found])
             plot_lines(axes, lines, shares, halves)
             of = "wrong training labels, %" if kind is NOISE else "training images withheld, %"
-            axes.set(title=DATASETS[dataset].label, xlabel=of, xticks=shares, ylim=(0, None))
+            axes.set(title=place(dataset, start), xlabel=of, xticks=shares, ylim=(0, None))
 
         return panelled(panels, paint, "MAP@R, test classes")
 
@@ -439,22 +462,24 @@ class Page:
         return panelled(panels, paint, "MAP@R, test classes")
 
 
-START_TITLES = {"scratch": "from scratch", "finetune": "fine-tuned"}
+PLACES = [(dataset, start) for start in STARTS for dataset in BOTH]
 
 
-def at(dataset: str, condition: str = "clean") -> Callable[[str], Cell]:
-    return lambda name: Cell(dataset, "scratch", condition, name)
+def place(dataset: str, start: str) -> str:
+    return f"{DATASETS[dataset].label}, {STARTS[start]}"
 
 
-def levels(dataset: str, conditions: Sequence[str]) -> dict[str, Callable[[str], Cell]]:
-    return {CONDITIONS[condition].label: at(dataset, condition) for condition in conditions}
+def at(dataset: str, condition: str = "clean", start: str = "scratch") -> Callable[[str], Cell]:
+    return lambda name: Cell(dataset, start, condition, name)
 
 
-def everywhere(conditions: Sequence[str]) -> dict[str, Callable[[str], Cell]]:
+def everywhere(
+    conditions: Sequence[str], start: str = "scratch"
+) -> dict[str, Callable[[str], Cell]]:
     return {
-        f"{DATASETS[dataset].label}, {condition}": cell_of
+        f"{DATASETS[dataset].label}, {CONDITIONS[condition].label}": at(dataset, condition, start)
         for dataset in BOTH
-        for condition, cell_of in levels(dataset, conditions).items()
+        for condition in conditions
     }
 
 
@@ -483,7 +508,7 @@ def count(judged: list[Judged]) -> str:
     )
 
 
-def comparisons(claim: Claim, judged: list[Judged]) -> str:
+def comparisons(judged: list[Judged]) -> str:
     body = []
     for j in judged:
         unit = j.comparison.unit
@@ -552,21 +577,23 @@ tuning budgets, settings chosen on held-out classes, several seeds.
   the batches and the wrong labels, and not the split into classes. The **best** of a column is
   bold; what is *italic* the paired seeds do not tell from it.
 - Fine-tuning starts from NormalizedSoftmax on one half of the training classes and goes on with the
-  other: our stand-in for the papers' ImageNet features.
+  other (in classification, the test images are those of this other half): our stand-in for the
+  papers' ImageNet features. Labels and images are spoilt in the other half alone, but for the long
+  tail, which both have.
 
 These are small networks on small images. What holds here may fail elsewhere, and the other way
 round."""
 
 
 def render(preset_name: str, records: list[Record], docs: Path, results: Path = RESULTS) -> Path:
-    preset = PRESETS[preset_name]
+    name, preset = whole(preset_name)
     page = Page(Results(preset, records), docs / "evidence")
-    notes = results / f"notes-{preset_name}.md"
+    notes = results / f"notes-{name}.md"
     protocols = read(results / "protocol.jsonl")
-    checked = read(results / f"labels-{preset_name}.jsonl")
+    checked = read(results / f"labels-{name}.jsonl")
     parts = [
         INTRODUCTION.format(
-            name=preset_name,
+            name=name,
             trials=preset.trials,
             seeds=preset.seeds,
             **preset.describe(),
@@ -576,7 +603,7 @@ def render(preset_name: str, records: list[Record], docs: Path, results: Path = 
         "## Recipes\n\n" + page.recipes(),
         "## All methods on clean labels\n\n" + page.clean(),
         longer(read(results / "long.jsonl"), docs),
-        "## Wrong labels, and few images\n\nMAP@R, from scratch.\n\n" + page.conditions(),
+        "## Wrong labels, and few images\n\nMAP@R.\n\n" + page.conditions(),
         "## Other batches\n\nThe same methods in other batches than 16 classes with 4 images of"
         " each: *random*, drawn as the images come, where no two need be of a class; and *square*,"
         " 8 classes with 8 images of each, as SmoothAP has them above, because PML's is right for"
@@ -586,15 +613,15 @@ def render(preset_name: str, records: list[Record], docs: Path, results: Path = 
         "## Long-tailed classes\n\nOmniglot's training alphabets keep from all to a twentieth of"
         " their images, in batches drawn as the images come. MAP@R on unseen classes of the same"
         " alphabets; the rare ones are the third with the fewest images.\n\n" + page.long_tail(),
-        "## Distillation\n\nMAP@R, from scratch.\n\n" + page.distillation(),
+        "## Distillation\n\nMAP@R.\n\n" + page.distillation(),
         "## Interference\n\nAccuracy in 1000 episodes on unseen Omniglot classes.\n\n"
         + page.few_shot()
         + "\n\nAccuracy in classification, CIFAR-100.\n\n"
         + page.classes(),
-        "## Miners at 30% wrong labels\n\nMAP@R, from scratch.\n\n" + page.miner(),
+        "## Miners at 30% wrong labels\n\nMAP@R.\n\n" + page.miner(),
         "## Re-ranking\n\nThe same embeddings with plain nearest neighbours and with"
         " `ContextualKNN`, whose number of neighbours the validation classes choose.\n\n"
-        + page.reranking(),
+        + page.by_start(page.reranking),
         "## Combinations\n\nMAP@R on Omniglot.\n\n" + page.combinations(),
         "## What the mechanisms did\n\nAfter the last epoch, on 256 training images in batches as"
         " the losses see them. *Purity*: of the nearest images to a rightly labelled one, the share"
@@ -641,7 +668,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
     parser.add_argument("--docs", type=Path, default=DOCS, help="default: %(default)s")
     args = parser.parse_args(arguments)
-    name = args.preset or ("full" if (args.results / "full.jsonl").exists() else "small")
+    full = (args.results / "full.jsonl").exists()
+    name, _ = whole(args.preset or ("full" if full else "small"))
     try:
         print(render(name, read(args.results / f"{name}.jsonl"), args.docs, args.results))
     except UserError as error:

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """Run what `plan.py` declares, or one of the papers' own protocols.
 
-    python -m benchmarks.evidence.run --preset small --jobs 2      # two cores, about four hours
+    python -m benchmarks.evidence.run --preset small --jobs 2      # two cores, about two hours
+    python -m benchmarks.evidence.run --preset small-finetuned --jobs 2              # as long
     python -m benchmarks.evidence.run --only clean 'cifar100/*' --budget-minutes 30
     python -m benchmarks.evidence.run --preset full --device cuda --jobs 8
     python -m benchmarks.evidence.run --protocol cub --data-root DIR --backbone my_nets:resnet50
 
-A run that is done is one line in results/PRESET.jsonl. Stop at any time, in any way: the same
+A run that is done is one line in results/PRESET.jsonl, where presets that differ only in what they
+run share a file. Stop at any time, in any way: the same
 command goes on with what is missing. `python -m benchmarks.evidence.render` makes the tables.
 """
 
@@ -57,6 +59,7 @@ from .plan import (
     Setting,
     Sizes,
     assemble,
+    whole,
 )
 from .records import Record, Results, appending, read
 
@@ -117,19 +120,17 @@ def train(
     after_epoch: Callable[[int, float | None, Trained], None] = lambda epoch, loss, trained: None,
 ) -> Trained:
     """The number, from 0, and the mean loss of each epoch go to `after_epoch`."""
-    budget, spec, method = preset.budget, DATASETS[cell.dataset], METHODS[cell.method]
-    device = torch.device(where.device)
+    budget, method, device = preset.budget, METHODS[cell.method], torch.device(where.device)
     images = given.images
     training.seed_everything(seed)
     network = training.build_network(images, budget).to(device)
     if cell.start == "finetune":
-        network.load_state_dict(pretrained(preset, cell.dataset, seed, where))
+        network.load_state_dict(pretrained(preset, cell, seed, where))
         training.seed_everything(seed)  # wherever the weights came from
     sizes = Sizes.of(method, len(images.names), budget.embedding_size, budget.batch_size)
     parts = assemble(method, setting, sizes, network, budget.epochs)
     parts.loss.to(device)
-    drawn_as_they_come = spec.classification or CONDITIONS[cell.condition].imbalance > 1
-    by_class = not (drawn_as_they_come or method.random_batches)
+    by_class = cell.drawn_by_class and not method.random_batches
     batches = Batches(images, sizes, by_class, budget.steps, device)
     trust = LabelTrust(images.labels)
     trained = Trained(network, parts, sizes, {})
@@ -160,23 +161,26 @@ def validate(cell: Cell, trained: Trained, given: Training, where: Where) -> dic
     return training.retrieval(embeddings, given.validation.labels, include=include)
 
 
-def pretrained(preset: Preset, dataset: str, seed: int, where: Where) -> dict[str, Any]:
-    """The weights to fine-tune: NormalizedSoftmax on the other half of the training classes."""
+def pretrained(preset: Preset, cell: Cell, seed: int, where: Where) -> dict[str, Any]:
+    """The weights to fine-tune: NormalizedSoftmax on the other half of the training classes, whose
+    labels are right and whose images are all there, but for a long tail: that tests training
+    classes, which are not to be seen here either."""
     budget, device = preset.budget, torch.device(where.device)
-    path = where.cache / f"{dataset}-{seed}.pt"
+    condition = cell.condition if CONDITIONS[cell.condition].imbalance > 1 else "clean"
+    path = where.cache / f"{cell.dataset}-{condition}-{seed}.pt"
     if path.exists():
         saved = checkpoint.load(path)
         if saved["budget"] == preset.describe():
             weights: dict[str, Any] = saved["weights"]
             return weights
-    given = load_training(dataset, "pretraining", "clean", seed, where.root)
+    given = load_training(cell.dataset, "pretraining", condition, seed, where.root)
     training.seed_everything(seed)
     network = training.build_network(given.images, budget).to(device)
     method = METHODS["normalized_softmax"]
     sizes = Sizes.of(method, len(given.images.names), budget.embedding_size, budget.batch_size)
     parts = method.build(PRETRAINING, sizes)
     parts.loss.to(device)
-    batches = Batches(given.images, sizes, True, budget.steps, device)
+    batches = Batches(given.images, sizes, cell.drawn_by_class, budget.steps, device)
     training.fit(network, parts, PRETRAINING, batches, budget.pretraining_epochs)
     weights = network.state_dict()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -190,7 +194,7 @@ def measure_test(
     cell: Cell, trained: Trained, given: Training, seed: int, where: Where
 ) -> dict[str, float]:
     spec, device = DATASETS[cell.dataset], torch.device(where.device)
-    images, rare = load_test(cell.dataset, cell.condition, seed, where.root)
+    images, rare = load_test(cell.dataset, cell.start, cell.condition, seed, where.root)
     network = trained.network
     if spec.classification:
         return training.classification(network, trained.parts.loss, images, device)
@@ -383,7 +387,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--protocol", choices=protocol.NAMES, help="the papers' own; all below are for it")
     protocol.add_arguments(parser.add_argument_group("with --protocol").add_argument)
     args = parser.parse_args(arguments)
-    name = "protocol" if args.protocol else args.preset
+    name = "protocol" if args.protocol else whole(args.preset)[0]
     path = args.results or RESULTS / f"{name}.jsonl"
     try:
         if args.protocol:
@@ -406,9 +410,8 @@ def run_preset(args: argparse.Namespace, preset: Preset, path: Path) -> int:
             done = sum(is_done(job, results) for job in jobs)
             print(f"{block:24} {done:5} of {len(jobs):5} runs")
         return 0
-    where = Where(
-        args.data_root, args.cache or Path("runs") / f"evidence-{args.preset}", args.device
-    )
+    cache = args.cache or Path("runs") / f"evidence-{whole(args.preset)[0]}"
+    where = Where(args.data_root, cache, args.device)
     jobs = planned(preset, args.only)
     with appending(path) as append:
         results = Results(preset, read(path))

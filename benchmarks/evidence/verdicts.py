@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from .claims import Claim, Comparison, NotRunError
+from .claims import Comparison, NotRunError
 from .plan import Cell
 from .records import Results
 
@@ -61,18 +61,17 @@ def judge(comparison: Comparison, results: Results) -> Judged:
     return Judged(comparison, found, verdict(found, comparison.threshold))
 
 
-def judge_claim(claim: Claim, results: Results) -> tuple[str, list[Judged]]:
-    """Holds if all comparisons do; contrary if some are and none holds."""
-    judged = [judge(comparison, results) for comparison in claim.comparisons]
+def overall(judged: Sequence[Judged]) -> str:
+    """Of a claim: it holds if all comparisons do, and is contrary if some are and none holds."""
     run = {j.verdict for j in judged} - {NOT_RUN}
     if not run:
-        return NOT_RUN, judged
-    overall = NOT_HERE
+        return NOT_RUN
+    found = NOT_HERE
     if run == {HOLDS}:
-        overall = HOLDS
+        found = HOLDS
     elif CONTRARY in run and HOLDS not in run:
-        overall = CONTRARY
-    return overall + (" so far" if NOT_RUN in {j.verdict for j in judged} else ""), judged
+        found = CONTRARY
+    return found + (" so far" if NOT_RUN in {j.verdict for j in judged} else "")
 
 
 class Scored:

@@ -77,7 +77,7 @@ def test_a_whole_selection_runs_without_the_test_loader(omniglot, tmp_path, monk
 
 
 def test_training_validation_and_test_have_no_class_in_common(omniglot):
-    test = classes(load_test("omniglot", "clean", 0, omniglot).images)
+    test = classes(load_test("omniglot", "scratch", "clean", 0, omniglot).images)
     assert test == UNSEEN
     parts = {s: load_training("omniglot", s, "clean", 0, omniglot) for s in
              ("scratch", "pretraining", "finetune")}  # fmt: skip
@@ -125,7 +125,7 @@ def test_the_same_share_of_each_class_is_withheld(condition, left, omniglot):
 
 def test_the_long_tail_is_over_alphabets(omniglot):
     given = load_training("omniglot", "scratch", "long_tail", 5, omniglot)
-    test = load_test("omniglot", "long_tail", 5, omniglot)
+    test = load_test("omniglot", "scratch", "long_tail", 5, omniglot)
     counts = Counter(given.images.labels)
     by_alphabet = {}
     for label, name in enumerate(given.images.names):
@@ -147,7 +147,7 @@ def test_the_long_tail_is_over_alphabets(omniglot):
 
 def test_classification_keeps_the_official_test_images_apart(cifar100):
     given = load_training("cifar100_classes", "scratch", "clean", 0, cifar100)
-    test = load_test("cifar100_classes", "clean", 0, cifar100).images
+    test = load_test("cifar100_classes", "scratch", "clean", 0, cifar100).images
     assert set(Counter(test.labels).values()) == {100}
     assert classes(test) == {255}
     for tensor in tensors_within(given):
@@ -155,6 +155,43 @@ def test_classification_keeps_the_official_test_images_apart(cifar100):
     assert set(given.images.labels) == set(given.validation.labels) == set(range(8))
     assert Counter(given.images.labels)[0] == 8
     assert Counter(given.validation.labels)[0] == 2
+
+
+def test_classification_is_fine_tuned_on_and_tested_with_half_of_the_classes(cifar100):
+    parts = {s: load_training("cifar100_classes", s, "clean", 0, cifar100) for s in
+             ("scratch", "pretraining", "finetune")}  # fmt: skip
+    halves = [classes(parts[s].images) for s in ("pretraining", "finetune")]
+    assert halves[0] | halves[1] == classes(parts["scratch"].images)
+    assert len(halves[0]) == len(halves[1]) == 4
+    test = load_test("cifar100_classes", "finetune", "clean", 0, cifar100).images
+    assert test.names == parts["finetune"].images.names == parts["finetune"].validation.names
+    assert Counter(test.labels) == dict.fromkeys(range(4), 100)
+    assert classes(test) == {255}
+    for part in parts.values():
+        assert all(255 not in tensor for tensor in tensors_within(part))
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_what_is_fine_tuned_saw_nothing_of_what_it_is_tuned_on_or_tested_with(
+    condition, omniglot, tmp_path, monkeypatch
+):
+    given = []
+
+    def load(*arguments):
+        given.append(load_training(*arguments))
+        return given[0]
+
+    monkeypatch.setattr(run, "load_training", load)
+    monkeypatch.setattr(run.training, "fit", lambda *arguments: {})
+    cell = Cell("omniglot", "finetune", condition, "triplet")
+    run.pretrained(PRESETS["smoke"], cell, 0, run.Where(omniglot, tmp_path))
+    (before,) = given
+    after = load_training("omniglot", "finetune", condition, 0, omniglot)
+    test = load_test("omniglot", "finetune", condition, 0, omniglot)
+    later = classes(after.images) | classes(after.validation) | classes(test.images)
+    assert len(classes(before.images)) >= 18
+    assert not classes(before.images) & later
+    assert before.images.labels == before.true_labels
 
 
 def test_batches_hold_as_many_of_each_class_or_come_as_they_are(omniglot):
@@ -180,7 +217,7 @@ def test_batches_hold_as_many_of_each_class_or_come_as_they_are(omniglot):
 )
 def test_the_real_splits():
     given = load_training("omniglot", "scratch", "clean", 0, data.ROOT)
-    test = load_test("omniglot", "clean", 0, data.ROOT).images
+    test = load_test("omniglot", "scratch", "clean", 0, data.ROOT).images
     assert len(given.images.names) + len(given.validation.names) == 964
     assert len(test.names) == 659
     assert not set(test.names) & {*given.images.names, *given.validation.names}

@@ -88,7 +88,7 @@ def test_names_are_told_apart():
 
 @pytest.mark.parametrize("name", ["small", "full"])
 def test_the_plan_has_runs_for_every_comparison(name):
-    preset = PRESETS[name]
+    _, preset = plan.whole(name)
     cells = set(preset.cells())
     asked = set()
 
@@ -106,6 +106,18 @@ def test_the_plan_has_runs_for_every_comparison(name):
         assert metric != plan.RERANKED or cell.reranked
     assert preset.seeds >= 5
     assert {run.Job(cell.tuned, trial=0) for cell in cells} <= set(run.planned(preset, []))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_of_one_budget_share_a_file_and_a_page(name):
+    first, every = plan.whole(name)
+    assert name.startswith(first)  # by its name one can tell
+    alike = [preset for n, preset in PRESETS.items() if n.startswith(first)]
+    assert {(p.budget, p.trials, p.seeds) for p in alike} == {
+        (every.budget, every.trials, every.seeds)
+    }
+    assert len(every.blocks) == sum(len(preset.blocks) for preset in alike)
+    assert set(every.cells()) == {cell for preset in alike for cell in preset.cells()}
 
 
 def test_a_warm_up_moves_the_weight_from_one_term_to_the_other():

@@ -10,7 +10,6 @@ from scipy import stats
 
 from benchmarks.evidence import verdicts
 from benchmarks.evidence.claims import (
-    Claim,
     Comparison,
     NotRunError,
     above_best,
@@ -131,10 +130,9 @@ def test_a_claim_from_its_comparisons(kinds, expected):
 
         return give
 
-    claim = Claim("", "", "", [Comparison(kind, differences(kind)) for kind in kinds])
-    overall, judged = verdicts.judge_claim(claim, results=None)
-    assert overall == expected
+    judged = [verdicts.judge(Comparison(CELL, "", differences(k)), results=None) for k in kinds]
     assert [j.verdict for j in judged] == kinds
+    assert verdicts.overall(judged) == expected
 
 
 def test_a_diverged_run_never_arrives():
