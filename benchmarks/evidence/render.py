@@ -565,7 +565,7 @@ Rendered by `python -m benchmarks.evidence.render` from the lines in
 protocol is that of *A Metric Learning Reality Check* (Musgrave, Belongie, Lim, ECCV 2020): equal
 tuning budgets, settings chosen on held-out classes, several seeds.
 
-- Preset `{name}`: every method has {trials} random trials from its search space, of which MAP@R
+- Presets {names}: every method has {trials} random trials from its search space, of which MAP@R
   on validation classes (a fifth of the training classes) picks one, and then {seeds} seeds. Under
   wrong labels the trials are made at 30%; with images withheld the clean setting is kept.
 - A run is {epochs} epochs of {steps} batches of {batch_size} images, four of a class where there
@@ -593,7 +593,7 @@ def render(preset_name: str, records: list[Record], docs: Path, results: Path = 
     checked = read(results / f"labels-{name}.jsonl")
     parts = [
         INTRODUCTION.format(
-            name=name,
+            names=", ".join(f"`{n}`" for n, p in PRESETS.items() if p.budget == preset.budget),
             trials=preset.trials,
             seeds=preset.seeds,
             **preset.describe(),

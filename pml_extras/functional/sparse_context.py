@@ -70,7 +70,7 @@ def sparse_context(
 def context_rows(distances: Distances, n: int, k: int, device: torch.device) -> Distances:
     """The rows of the contextual similarity without slack, by their numbers."""
     k = min(k, n)
-    if _sparse_pays(distances, n, k, device):
+    if _sparse_pays_forward(distances, n, k, device):
         friends, opinion = _friends_and_opinions(distances, n, k, device)
         return _both_ways(friends @ opinion).dense_rows
     return _dense_context(distances, n, k, device).__getitem__
@@ -88,7 +88,7 @@ class ContextSums(NamedTuple):
 def context_sums(distances: Distances, n: int, k: int, device: torch.device) -> ContextSums:
     """The sums over the contextual similarity of n samples with each other."""
     k = min(k, n)
-    if not _sparse_pays(distances, n, k, device):
+    if not _sparse_pays_forward(distances, n, k, device):
         context = _dense_context(distances, n, k, device)
         return ContextSums(context.__matmul__, context.diagonal())
     friends, opinion = _friends_and_opinions(distances, n, k, device)
@@ -173,7 +173,7 @@ def _dense_context(distances: Distances, n: int, k: int, device: torch.device) -
     return contextual_similarity_from_distances(distances(torch.arange(n, device=device)), k)
 
 
-def _sparse_pays(distances: Distances, n: int, k: int, device: torch.device) -> bool:
+def _sparse_pays_forward(distances: Distances, n: int, k: int, device: torch.device) -> bool:
     size = neighborhood_size(distances, n, k, 0.0, device, FORWARD_SPARSITY)
     return size * FORWARD_SPARSITY < n
 
