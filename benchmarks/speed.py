@@ -162,6 +162,30 @@ def listwise(n: int) -> Contenders:
     }
 
 
+def compiled(loss: Callable[[], torch.Tensor], *inputs: torch.Tensor) -> Contenders:
+    return {"pml_extras": step(torch.compile(loss), *inputs), "not compiled": step(loss, *inputs)}
+
+
+def contextual_compiled(n: int) -> Contenders:
+    x, labels = clustered(n, 512)
+    cosines = functional.pairwise_cosine
+    return compiled(lambda: functional.contextual_loss(cosines(x), labels).mean(), x)
+
+
+def centers_compiled(num_classes: int, n: int = 512, dim: int = 128) -> Contenders:
+    torch.manual_seed(0)
+    x = torch.randn(n, dim, device=DEVICE, requires_grad=True)
+    c = torch.randn(num_classes, dim, device=DEVICE, requires_grad=True)
+    labels = torch.randint(num_classes, (n,), device=DEVICE)
+    return compiled(lambda: functional.center_contrastive_loss(x, c, labels).mean(), x, c)
+
+
+def listwise_compiled(n: int) -> Contenders:
+    x, _ = clustered(n, 128)
+    teacher = torch.randn(n, 128, device=DEVICE)
+    return compiled(lambda: functional.listwise_kl(x, teacher).mean(), x)
+
+
 def distillation(n: int) -> Contenders:
     """A step with distillation, against the same with the teacher's forward pass alone."""
     torch.manual_seed(0)
@@ -259,6 +283,17 @@ CASES: dict[str, tuple[str, Callable[[], Contenders], int]] = {
         2,
     ),
     **{f"listwise-{n}": (f"Listwise KL, N={n}", lambda n=n: listwise(n), 11) for n in (112, 512)},
+    "compiled-contextual": (
+        "Contextual term, N=512, D=512, in dense products, compiled",
+        lambda: contextual_compiled(512),
+        15,
+    ),
+    "compiled-centers": (
+        "Center loss, C=1,000, N=512, D=128, compiled",
+        lambda: centers_compiled(1000),
+        31,
+    ),
+    "compiled-listwise": ("Listwise KL, N=512, compiled", lambda: listwise_compiled(512), 31),
     "distillation-512": ("SelfDistillation, N=512", lambda: distillation(512), 11),
     **{
         f"miner-{n}": (f"Miner, N={n}", lambda n=n: miner(n), turns)
@@ -301,10 +336,11 @@ def measure(name: str) -> dict[str, Any]:
             "median_ms": 1e3 * statistics.median(values),
             "middle_half_ms": [1e3 * low, 1e3 * high],
             "turns": len(values),
-            "extra_mib": memory(name, contender),
+            # What the compiler needs would drown the rest.
+            "extra_mib": None if name.startswith("compiled") else memory(name, contender),
         }
         print(f"  {contender:24} {summary[contender]['median_ms']:10.2f} ms"
-              f" {summary[contender]['extra_mib']:9.1f} MiB", flush=True)  # fmt: skip
+              f" {summary[contender]['extra_mib'] or 0:9.1f} MiB", flush=True)  # fmt: skip
     return {"what": what, "contenders": summary}
 
 

@@ -42,13 +42,12 @@ def render(results: Path) -> None:
             ours = case["contenders"]["pml_extras"]
             low, high = ours["middle_half_ms"]
             spread = f"{(high - low) / ours['median_ms']:.0%}" if ours["turns"] > 1 else ""
-            row = (
-                f"| {case['what']} | {ours['median_ms']:.1f} | {spread} | {ours['extra_mib']:.0f} "
-            )
+            mib = "" if ours["extra_mib"] is None else f"{ours['extra_mib']:.0f}"
+            row = f"| {case['what']} | {ours['median_ms']:.1f} | {spread} | {mib} "
             others = [(n, c) for n, c in case["contenders"].items() if n != "pml_extras"]
             for other, theirs in others:
                 time_ratio = ours["median_ms"] / theirs["median_ms"]
-                both = (ours["extra_mib"], theirs["extra_mib"])
+                both = (ours["extra_mib"] or 0, theirs["extra_mib"] or 0)
                 # Below a few MiB the allocator's habits are all there is to see.
                 of_memory = f"{both[0] / both[1]:.2f}" if min(both) > 4 else ""
                 lines.append(f"{row}| {other} | {time_ratio:.2f} | {of_memory} |")

@@ -55,7 +55,7 @@ from .plan import (
     Cell,
     whole,
 )
-from .plots import color_of, panelled, plot_lines
+from .plots import COLORS, color_of, panelled, plot_lines
 from .records import Record, Results, read
 from .run import RESULTS
 from .verdicts import (
@@ -438,6 +438,41 @@ class Page:
 
         return panelled(panels, paint, "MAP@R, test classes")
 
+    def additions(self) -> Figure | None:
+        """What an addition changes in a trial, by its weight; validation data."""
+
+        def changes(cell: Cell, addition: str, weight: str) -> list[tuple[float, float]]:
+            plain = self.results.trials.get(
+                cell._replace(method=cell.method.removesuffix(addition))
+            )
+            return [
+                (with_it["setting"][weight], 100 * (with_it["validation"] / before - 1))
+                for number, with_it in self.results.trials.get(cell, {}).items()
+                if plain and number in plain and (before := plain[number]["validation"]) > 0
+            ]
+
+        def paint(axes: Axes, panel: tuple[str, str]) -> None:
+            addition, weight = panel
+            names = [name for name in METHODS if name.endswith(addition)]
+            for dataset, color in zip(DATASETS, COLORS.values(), strict=True):
+                for start, marker in zip(STARTS, "ox", strict=True):
+                    cells = [Cell(dataset, start, "clean", name) for name in names]
+                    found = [change for cell in cells for change in changes(cell, *panel)]
+                    if found:
+                        label = place(dataset, start)
+                        points = np.transpose(found)
+                        axes.plot(*points, marker, color=color, ms=4, alpha=0.7, label=label)
+            axes.axhline(0, color=MUTED, lw=1)
+            axes.set(title=ADDITIONS[panel], xlabel=weight.removesuffix("_lsd"))
+            axes.set_xscale("log" if addition == "+lsd" else "linear")
+            axes.set_yscale("symlog", linthresh=10)
+            axes.set_yticks((-90, -50, -20, -10, 0, 10, 20, 50), minor=False)
+            axes.yaxis.set_major_formatter("{x:g}")
+
+        with_trials = {cell.method for cell in self.results.trials}
+        panels = [p for p in ADDITIONS if any(name.endswith(p[0]) for name in with_trials)]
+        return panelled(panels, paint, "change of the score, %")
+
     def costs(self) -> Figure | None:
         """MAP@R on test classes beside the time of a training step; from scratch."""
         panels = [d for d in BOTH if any(self.results.tested(at(d)(name)) for name in self.main)]
@@ -462,6 +497,7 @@ class Page:
         return panelled(panels, paint, "MAP@R, test classes")
 
 
+ADDITIONS = {("+lsd", "alpha_lsd"): "LSD", ("+cir", "strength"): "CIR"}
 PLACES = [(dataset, start) for start in STARTS for dataset in BOTH]
 
 
@@ -618,6 +654,9 @@ def render(preset_name: str, records: list[Record], docs: Path, results: Path = 
         + page.few_shot()
         + "\n\nAccuracy in classification, CIFAR-100.\n\n"
         + page.classes(),
+        "## How much of an addition\n\nEach trial of a method with self-distillation or"
+        " interference beside the same trial without, which has the same settings and the same"
+        " seed." + page.draw("additions", page.additions),
         "## Miners at 30% wrong labels\n\nMAP@R.\n\n" + page.miner(),
         "## Re-ranking\n\nThe same embeddings with plain nearest neighbours and with"
         " `ContextualKNN`, whose number of neighbours the validation classes choose.\n\n"

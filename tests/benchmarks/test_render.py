@@ -70,7 +70,7 @@ def test_everything_was_run(tmp_path):
     assert "nan" not in text.lower().replace("triplet margin", "")
     assert "By hand." in text
     figures = {path.name for path in (tmp_path / "docs" / "evidence").iterdir()}
-    assert figures == {"curves.png", "conditions.png", "cost.png"}
+    assert figures == {"curves.png", "conditions.png", "cost.png", "additions.png"}
     assert all(f"evidence/{name}" in text for name in figures)
     # Methods that stand later in the plan score higher: LSD's difference is 20 methods' worth.
     for name in plan.BASELINES:
