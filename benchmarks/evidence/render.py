@@ -245,7 +245,9 @@ class Page:
 
     def cleaned(self) -> str:
         names = {name.removesuffix("_cleaned"): name for name in CLEANED}
-        return self.paired(names, "cleaned", everywhere(("clean", *NOISE)))
+        return self.by_start(
+            lambda start: self.paired(names, "cleaned", everywhere(("clean", *NOISE), start))
+        )
 
     def paired(
         self, names: dict[str, str], title: str, columns: dict[str, Callable[[str], Cell]]
