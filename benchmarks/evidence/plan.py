@@ -546,6 +546,11 @@ class Preset:
         return asdict(self.budget)
 
 
+BOTH = ("omniglot", "cifar100")
+OMNIGLOT, CIFAR100 = ("omniglot",), ("cifar100",)
+SCRATCH = ("scratch",)
+
+
 def claimed(
     start: str, noise: tuple[str, ...] = NOISE, withheld: tuple[str, ...] = WITHHELD
 ) -> dict[str, Block]:
@@ -564,9 +569,6 @@ def claimed(
     return {name if start == "scratch" else f"{name}_{start}": b for name, b in blocks.items()}
 
 
-BOTH = ("omniglot", "cifar100")
-OMNIGLOT, CIFAR100 = ("omniglot",), ("cifar100",)
-SCRATCH = ("scratch",)
 SMALL = Budget(epochs=5, steps=50, batch_size=64, width=32, shrink=True, pretraining_epochs=4)
 SHARPLY = tuple(f"{name}+lsd_sharp" for name in SHARP)
 PRESETS = {

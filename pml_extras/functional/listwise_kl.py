@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._precision import full_precision
-from .cosine import gram, unit_rows
+from .cosine import unit_rows
 
 
 @full_precision
@@ -39,49 +40,65 @@ def listwise_kl(
         tensor([0.1201, 0.1201])
     """
 
-    def logits(embeddings: Tensor) -> Tensor:
-        scaled = gram(unit_rows(embeddings) / temperature**0.5)
-        if not include_self:
-            scaled.fill_diagonal_(torch.finfo(scaled.dtype).min)
-        return scaled
+    if len(student) == 0:
+        return student.sum(1)
 
-    log_p = logits(teacher.detach()).log_softmax(1)
-    divergences, _ = _KLDivergence.apply(logits(student), log_p)  # type: ignore[no-untyped-call]
-    return divergences  # type: ignore[no-any-return]
+    def scaled(embeddings: Tensor) -> Tensor:
+        return unit_rows(embeddings) / math.sqrt(temperature)
+
+    log_p, p = _softmax_of_gram(scaled(teacher.detach()), include_self)
+    divergences: Tensor
+    divergences, _ = _KLDivergence.apply(scaled(student), log_p, p, include_self)  # type: ignore[no-untyped-call]
+    return divergences
+
+
+def _softmax_of_gram(vectors: Tensor, include_self: bool) -> tuple[Tensor, Tensor]:
+    """Logarithm and value of the softmax over each row of the dot products. With one exponential
+    for both, and in place, because at these sizes new memory costs more than the arithmetic."""
+    logits = vectors @ vectors.mT
+    if not include_self:
+        logits.fill_diagonal_(torch.finfo(logits.dtype).min)
+    shares = logits.sub_(logits.amax(1, keepdim=True)).exp()
+    totals = shares.sum(1, keepdim=True)
+    return logits.sub_(totals.log()), shares.div_(totals)
 
 
 class _KLDivergence(torch.autograd.Function):
-    """From the student's logits and the teacher's log P, the divergences and Q - P, which is their
-    derivative."""
+    """From the student's vectors and the teacher's P, the divergences and Q - P, which is their
+    derivative with respect to the dot products."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(logits: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-        log_q = logits.log_softmax(1)
-        p, log_ratio = log_p.exp(), log_q - log_p
+    def forward(
+        vectors: Tensor, log_p: Tensor, p: Tensor, include_self: bool
+    ) -> tuple[Tensor, Tensor]:
+        log_q, q = _softmax_of_gram(vectors, include_self)
+        log_ratio = log_q.sub_(log_p)
         # Q - P, without cancellation where they are near, and without overflow where they are not.
-        # In place, because at these sizes new memory costs more than the arithmetic.
-        difference = log_q.exp_().add_(p).mul_((log_ratio / 2).tanh_())
+        difference = q.add_(p).mul_((log_ratio / 2).tanh_())
         # Q - P sums to nothing, so its presence changes no divergence; but with it each term is
         # non-negative, and rounding cannot make the divergence of near-equal lists negative.
         return log_ratio.mul_(p).sub_(difference).sum(1).neg_(), difference
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(output[1], inputs[1])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        vectors, _, p, _ = inputs
+        ctx.save_for_backward(vectors, p, output[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(
         ctx: Any, by_divergences: Tensor | None, by_difference: Tensor | None
-    ) -> tuple[Tensor | None, None]:
-        difference, log_p = ctx.saved_tensors
-        by_logits = None
+    ) -> tuple[Tensor | None, None, None, None]:
+        vectors, p, difference = ctx.saved_tensors
+        by_products = None
         if by_divergences is not None:
-            by_logits = by_divergences[:, None] * difference
+            by_products = by_divergences[:, None] * difference
         if by_difference is not None:  # from the line above, differentiated in its turn
-            q = difference + log_p.exp()
+            q = difference + p
             by_q = by_difference - (q * by_difference).sum(1, keepdim=True)
-            by_logits = q * by_q if by_logits is None else by_logits + q * by_q
-        return by_logits, None
+            by_products = q * by_q if by_products is None else by_products + q * by_q
+        if by_products is None:
+            return None, None, None, None
+        return (by_products + by_products.mT) @ vectors, None, None, None
