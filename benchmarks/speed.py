@@ -85,11 +85,15 @@ def contextual_large(n: int) -> Contenders:
     return {"pml_extras": step(lambda: loss(x, labels), x)}
 
 
-def centers(num_classes: int, n: int = 512, dim: int = 128) -> Contenders:
+def with_centers(num_classes: int, n: int, dim: int) -> tuple[torch.Tensor, ...]:
     torch.manual_seed(0)
     x = torch.randn(n, dim, device=DEVICE, requires_grad=True)
     c = torch.randn(num_classes, dim, device=DEVICE, requires_grad=True)
-    labels = torch.randint(num_classes, (n,), device=DEVICE)
+    return x, c, torch.randint(num_classes, (n,), device=DEVICE)
+
+
+def centers(num_classes: int, n: int = 512, dim: int = 128) -> Contenders:
+    x, c, labels = with_centers(num_classes, n, dim)
     contenders = {
         "pml_extras": step(lambda: functional.center_contrastive_loss(x, c, labels).mean(), x, c),
         "plain": step(lambda: reference.center_contrastive_loss(x, c, labels), x, c),
@@ -173,10 +177,7 @@ def contextual_compiled(n: int) -> Contenders:
 
 
 def centers_compiled(num_classes: int, n: int = 512, dim: int = 128) -> Contenders:
-    torch.manual_seed(0)
-    x = torch.randn(n, dim, device=DEVICE, requires_grad=True)
-    c = torch.randn(num_classes, dim, device=DEVICE, requires_grad=True)
-    labels = torch.randint(num_classes, (n,), device=DEVICE)
+    x, c, labels = with_centers(num_classes, n, dim)
     return compiled(lambda: functional.center_contrastive_loss(x, c, labels).mean(), x, c)
 
 
@@ -339,8 +340,9 @@ def measure(name: str) -> dict[str, Any]:
             # What the compiler needs would drown the rest.
             "extra_mib": None if name.startswith("compiled") else memory(name, contender),
         }
+        mib = summary[contender]["extra_mib"]
         print(f"  {contender:24} {summary[contender]['median_ms']:10.2f} ms"
-              f" {summary[contender]['extra_mib'] or 0:9.1f} MiB", flush=True)  # fmt: skip
+              + ("" if mib is None else f" {mib:9.1f} MiB"), flush=True)  # fmt: skip
     return {"what": what, "contenders": summary}
 
 

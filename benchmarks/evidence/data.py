@@ -44,9 +44,7 @@ def load_training(dataset: str, start: str, condition: str, seed: int, root: Pat
     """`start` may also be "pretraining": the half of the classes that is not fine-tuned on."""
     spec, how = DATASETS[dataset], CONDITIONS[condition]
     if spec.classification:
-        every = _official(spec.source, root, test=False)
-        kept = half(np.ones(len(every.names), dtype=bool), start)
-        images, validation = datasets.hold_out(of_classes(every, kept))
+        images, validation = datasets.hold_out(_official(spec.source, start, root, test=False))
     else:
         every = _classes(spec.source, root, test=False)
         place = places(every.names)
@@ -63,9 +61,7 @@ def load_training(dataset: str, start: str, condition: str, seed: int, root: Pat
 def load_test(dataset: str, start: str, condition: str, seed: int, root: Path) -> Test:
     spec, how = DATASETS[dataset], CONDITIONS[condition]
     if spec.classification:
-        every = _official(spec.source, root, test=True)
-        kept = half(np.ones(len(every.names), dtype=bool), start)
-        return Test(of_classes(every, kept), frozenset())
+        return Test(_official(spec.source, start, root, test=True), frozenset())
     if how.imbalance == 1:
         return Test(_classes(spec.source, root, test=True), frozenset())
     every = _classes(spec.source, root, test=False)
@@ -83,7 +79,7 @@ def _classes(source: str, root: Path, test: bool) -> Images:
 
 
 @lru_cache(maxsize=4)
-def _official(source: str, root: Path, test: bool) -> Images:
+def _official(source: str, start: str, root: Path, test: bool) -> Images:
     """CIFAR-100 as the classification problem it was made for."""
     halves = [_classes.__wrapped__(source, root, test=half) for half in (False, True)]
     sources = [half.source for half in halves]
@@ -96,7 +92,8 @@ def _official(source: str, root: Path, test: bool) -> Images:
         if (left[label] <= CIFAR_TEST_IMAGES) == test:
             chosen.append(index)
         left[label] -= 1
-    return pooled.subset(chosen)
+    every = np.ones(len(pooled.names), dtype=bool)
+    return of_classes(pooled.subset(chosen), half(every, start))
 
 
 def alphabet(name: str) -> str:

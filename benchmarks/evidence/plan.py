@@ -573,14 +573,18 @@ SMALL = Budget(epochs=5, steps=50, batch_size=64, width=32, shrink=True, pretrai
 SHARPLY = tuple(f"{name}+lsd_sharp" for name in SHARP)
 PRESETS = {
     # The claims at one level of noise and of withholding. About two hours each on two CPU cores.
-    "small": Preset(SMALL, 6, 5, claimed("scratch", ("noise30",), ("withheld75",))),
-    "small-finetuned": Preset(SMALL, 6, 5, claimed("finetune", ("noise30",), ("withheld75",))),
+    "small": Preset(
+        SMALL, trials=6, seeds=5, blocks=claimed("scratch", ("noise30",), ("withheld75",))
+    ),
+    "small-finetuned": Preset(
+        SMALL, trials=6, seeds=5, blocks=claimed("finetune", ("noise30",), ("withheld75",))
+    ),
     # What the mechanisms suggest, and what pays together.
     "small-explored": Preset(
         SMALL,
-        6,
-        5,
-        {
+        trials=6,
+        seeds=5,
+        blocks={
             "combinations": Block(OMNIGLOT, SCRATCH, ("clean", "noise30"), COMBINATIONS),
             "batches": Block(OMNIGLOT, SCRATCH, ("clean", "noise30"), BATCHES),
             "batches_cifar100": Block(CIFAR100, SCRATCH, ("clean",), AT_RANDOM),

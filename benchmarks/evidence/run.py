@@ -8,8 +8,8 @@
     python -m benchmarks.evidence.run --protocol cub --data-root DIR --backbone my_nets:resnet50
 
 A run that is done is one line in results/PRESET.jsonl, where presets that differ only in what they
-run share a file. Stop at any time, in any way: the same
-command goes on with what is missing. `python -m benchmarks.evidence.render` makes the tables.
+run share a file. Stop at any time, in any way: the same command goes on with what is missing.
+`python -m benchmarks.evidence.render` makes the tables.
 """
 
 from __future__ import annotations

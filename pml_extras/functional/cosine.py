@@ -56,6 +56,11 @@ def through_norm(
     return torch.addcmul(gradient, along, unit, value=-1, out=out).div_(norms)
 
 
+def through_gram(gradient: Tensor, vectors: Tensor) -> Tensor:
+    """From the gradient with respect to all dot products, that with respect to the vectors."""
+    return (gradient + gradient.mT) @ vectors
+
+
 class _Unit(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -93,4 +98,4 @@ class _Gram(torch.autograd.Function):
     def backward(ctx: Any, by_products: Tensor) -> Tensor:
         vectors: Tensor
         (vectors,) = ctx.saved_tensors
-        return (by_products + by_products.mT) @ vectors
+        return through_gram(by_products, vectors)

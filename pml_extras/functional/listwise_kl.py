@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._precision import full_precision
-from .cosine import unit_rows
+from .cosine import through_gram, unit_rows
 
 
 @full_precision
@@ -64,8 +64,8 @@ def _softmax_of_gram(vectors: Tensor, include_self: bool) -> tuple[Tensor, Tenso
 
 
 class _KLDivergence(torch.autograd.Function):
-    """From the student's vectors and the teacher's P, the divergences and Q - P, which is their
-    derivative with respect to the dot products."""
+    """From the student's vectors and the teacher's log P and P, the divergences and Q - P, which is
+    their derivative with respect to the dot products."""
 
     generate_vmap_rule = True
 
@@ -99,6 +99,5 @@ class _KLDivergence(torch.autograd.Function):
             q = difference + p
             by_q = by_difference - (q * by_difference).sum(1, keepdim=True)
             by_products = q * by_q if by_products is None else by_products + q * by_q
-        if by_products is None:
-            return None, None, None, None
-        return (by_products + by_products.mT) @ vectors, None, None, None
+        by_vectors = None if by_products is None else through_gram(by_products, vectors)
+        return by_vectors, None, None, None
