@@ -56,6 +56,17 @@ def through_norm(
     return torch.addcmul(gradient, along, unit, value=-1, out=out).div_(norms)
 
 
+def through_unit(
+    by_unit: Tensor | None, by_norms: Tensor | None, unit: Tensor, norms: Tensor
+) -> Tensor | None:
+    """The same where the norms have a gradient too, as in a second backward."""
+    found = None if by_unit is None else through_norm(by_unit, unit, norms)
+    if by_norms is not None:
+        along = by_norms * unit
+        found = along if found is None else found + along
+    return found
+
+
 def through_gram(gradient: Tensor, vectors: Tensor) -> Tensor:
     """From the gradient with respect to all dot products, that with respect to the vectors."""
     return (gradient + gradient.mT) @ vectors
@@ -75,12 +86,7 @@ class _Unit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, by_unit: Tensor | None, by_norms: Tensor | None) -> Tensor | None:
-        unit, norms = ctx.saved_tensors
-        found = None if by_unit is None else through_norm(by_unit, unit, norms)
-        if by_norms is not None:  # from the line above, differentiated in its turn
-            along = by_norms * unit
-            found = along if found is None else found + along
-        return found
+        return through_unit(by_unit, by_norms, *ctx.saved_tensors)
 
 
 class _Gram(torch.autograd.Function):

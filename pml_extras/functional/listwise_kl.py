@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._precision import full_precision
-from .cosine import through_gram, unit_rows
+from .cosine import through_gram, through_unit, unit_and_norms
 
 
 @full_precision
@@ -43,12 +43,10 @@ def listwise_kl(
     if len(student) == 0:
         return student.sum(1)
 
-    def scaled(embeddings: Tensor) -> Tensor:
-        return unit_rows(embeddings) / math.sqrt(temperature)
-
-    log_p, p = _softmax_of_gram(scaled(teacher.detach()), include_self)
     divergences: Tensor
-    divergences, _ = _KLDivergence.apply(scaled(student), log_p, p, include_self)  # type: ignore[no-untyped-call]
+    divergences, *_ = _ListwiseKL.apply(  # type: ignore[no-untyped-call]
+        student, teacher.detach(), temperature, include_self
+    )
     return divergences
 
 
@@ -63,41 +61,54 @@ def _softmax_of_gram(vectors: Tensor, include_self: bool) -> tuple[Tensor, Tenso
     return logits.sub_(totals.log()), shares.div_(totals)
 
 
-class _KLDivergence(torch.autograd.Function):
-    """From the student's vectors and the teacher's log P and P, the divergences and Q - P, which is
-    their derivative with respect to the dot products."""
+class _ListwiseKL(torch.autograd.Function):
+    """The divergences, and what their derivatives are made of."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        vectors: Tensor, log_p: Tensor, p: Tensor, include_self: bool
-    ) -> tuple[Tensor, Tensor]:
-        log_q, q = _softmax_of_gram(vectors, include_self)
+        student: Tensor, teacher: Tensor, temperature: float, include_self: bool
+    ) -> tuple[Tensor, ...]:
+        scale = math.sqrt(temperature)
+        teacher_unit, _ = unit_and_norms(teacher)
+        unit, norms = unit_and_norms(student)
+        log_p, p = _softmax_of_gram(teacher_unit / scale, include_self)
+        log_q, q = _softmax_of_gram(unit / scale, include_self)
         log_ratio = log_q.sub_(log_p)
+        del log_p  # the next line takes its memory
         # Q - P, without cancellation where they are near, and without overflow where they are not.
         difference = q.add_(p).mul_((log_ratio / 2).tanh_())
         # Q - P sums to nothing, so its presence changes no divergence; but with it each term is
         # non-negative, and rounding cannot make the divergence of near-equal lists negative.
-        return log_ratio.mul_(p).sub_(difference).sum(1).neg_(), difference
+        return log_ratio.mul_(p).sub_(difference).sum(1).neg_(), difference, p, unit, norms
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        vectors, _, p, _ = inputs
-        ctx.save_for_backward(vectors, p, output[1])
+        _, difference, p, unit, norms = output
+        ctx.temperature = inputs[2]
+        ctx.mark_non_differentiable(p)
+        ctx.save_for_backward(difference, p, unit, norms)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(
-        ctx: Any, by_divergences: Tensor | None, by_difference: Tensor | None
+        ctx: Any,
+        by_divergences: Tensor | None,
+        by_difference: Tensor | None,
+        _: None,
+        by_unit: Tensor | None,
+        by_norms: Tensor | None,
     ) -> tuple[Tensor | None, None, None, None]:
-        vectors, p, difference = ctx.saved_tensors
-        by_products = None
+        difference, p, unit, norms = ctx.saved_tensors
+        by_logits = None
         if by_divergences is not None:
-            by_products = by_divergences[:, None] * difference
+            by_logits = by_divergences[:, None] * difference
         if by_difference is not None:  # from the line above, differentiated in its turn
             q = difference + p
             by_q = by_difference - (q * by_difference).sum(1, keepdim=True)
-            by_products = q * by_q if by_products is None else by_products + q * by_q
-        by_vectors = None if by_products is None else through_gram(by_products, vectors)
-        return by_vectors, None, None, None
+            by_logits = q * by_q if by_logits is None else by_logits + q * by_q
+        if by_logits is not None:
+            through_logits = through_gram(by_logits, unit) / ctx.temperature
+            by_unit = through_logits if by_unit is None else by_unit + through_logits
+        return through_unit(by_unit, by_norms, unit, norms), None, None, None
