@@ -67,8 +67,16 @@ def through_unit(
     return found
 
 
-def through_gram(gradient: Tensor, vectors: Tensor) -> Tensor:
-    """From the gradient with respect to all dot products, that with respect to the vectors."""
+def through_gram(gradient: Tensor, vectors: Tensor, weights: Tensor | None = None) -> Tensor:
+    """From the gradient with respect to all dot products, its rows times ``weights`` (N, 1), that
+    with respect to the vectors."""
+    if len(vectors) >= 4 * vectors.shape[1]:
+        # Two such thin products cost less than to make the sum below.
+        if weights is None:
+            return torch.addmm(gradient @ vectors, gradient.mT, vectors)
+        return torch.addmm(weights * (gradient @ vectors), gradient.mT, weights * vectors)
+    if weights is not None:
+        gradient = weights * gradient
     return (gradient + gradient.mT) @ vectors
 
 

@@ -11,6 +11,9 @@ from torch import Tensor
 from ._precision import full_precision
 from .cosine import through_gram, through_unit, unit_and_norms
 
+# How many numbers a CPU works on at a time: what its caches hold.
+BLOCK = 1 << 17
+
 
 @full_precision
 def listwise_kl(
@@ -50,45 +53,49 @@ def listwise_kl(
     return divergences
 
 
-def _softmax_of_gram(vectors: Tensor, include_self: bool) -> tuple[Tensor, Tensor]:
-    """Logarithm and value of the softmax over each row of the dot products. With one exponential
-    for both, and in place, because at these sizes new memory costs more than the arithmetic."""
-    logits = vectors @ vectors.mT
+def _softmax_of_gram(vectors: Tensor, rows: slice, include_self: bool) -> tuple[Tensor, Tensor]:
+    """Logarithm and value of the softmax over some rows of the dot products. With one exponential
+    for both, and in place, because new memory costs more than the arithmetic."""
+    logits = vectors[rows] @ vectors.mT
     if not include_self:
-        logits.fill_diagonal_(torch.finfo(logits.dtype).min)
+        logits.diagonal(rows.start).fill_(torch.finfo(logits.dtype).min)
     shares = logits.sub_(logits.amax(1, keepdim=True)).exp()
     totals = shares.sum(1, keepdim=True)
     return logits.sub_(totals.log()), shares.div_(totals)
 
 
 class _ListwiseKL(torch.autograd.Function):
-    """The divergences, and what their derivatives are made of."""
+    """The divergences, and what their derivatives are made of: first of all Q - P, their derivative
+    with respect to the logits of Q."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
         student: Tensor, teacher: Tensor, temperature: float, include_self: bool
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         scale = math.sqrt(temperature)
-        teacher_unit, _ = unit_and_norms(teacher)
         unit, norms = unit_and_norms(student)
-        log_p, p = _softmax_of_gram(teacher_unit / scale, include_self)
-        log_q, q = _softmax_of_gram(unit / scale, include_self)
-        log_ratio = log_q.sub_(log_p)
-        del log_p  # the next line takes its memory
-        # Q - P, without cancellation where they are near, and without overflow where they are not.
-        difference = q.add_(p).mul_((log_ratio / 2).tanh_())
-        # Q - P sums to nothing, so its presence changes no divergence; but with it each term is
-        # non-negative, and rounding cannot make the divergence of near-equal lists negative.
-        return log_ratio.mul_(p).sub_(difference).sum(1).neg_(), difference, p, unit, norms
+        ours, theirs = unit / scale, unit_and_norms(teacher)[0] / scale
+        n = len(unit)
+        size = max(1, BLOCK // n) if unit.device.type == "cpu" else n
+        divergences, difference = [], unit.new_empty(n, n)
+        for first in range(0, n, size):
+            rows = slice(first, first + size)
+            log_p, p = _softmax_of_gram(theirs, rows, include_self)
+            log_q, q = _softmax_of_gram(ours, rows, include_self)
+            log_ratio = log_q.sub_(log_p)
+            # Without cancellation where they are near, and without overflow where they are not.
+            difference[rows] = q_less_p = q.add_(p).mul_((log_ratio / 2).tanh_())
+            # Q - P sums to nothing, so its presence changes no divergence; but with it each term is
+            # non-negative, and rounding cannot make the divergence of near-equal lists negative.
+            divergences.append(log_ratio.mul_(p).sub_(q_less_p).sum(1).neg_())
+        return torch.cat(divergences), difference, unit, norms
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, difference, p, unit, norms = output
-        ctx.temperature = inputs[2]
-        ctx.mark_non_differentiable(p)
-        ctx.save_for_backward(difference, p, unit, norms)
+        ctx.temperature, ctx.include_self = inputs[2:]
+        ctx.save_for_backward(*output[1:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -96,19 +103,20 @@ class _ListwiseKL(torch.autograd.Function):
         ctx: Any,
         by_divergences: Tensor | None,
         by_difference: Tensor | None,
-        _: None,
         by_unit: Tensor | None,
         by_norms: Tensor | None,
     ) -> tuple[Tensor | None, None, None, None]:
-        difference, p, unit, norms = ctx.saved_tensors
-        by_logits = None
+        difference, unit, norms = ctx.saved_tensors
         if by_divergences is not None:
-            by_logits = by_divergences[:, None] * difference
-        if by_difference is not None:  # from the line above, differentiated in its turn
-            q = difference + p
+            weights = by_divergences[:, None] / ctx.temperature
+            found = through_gram(difference, unit, weights)
+            by_unit = found if by_unit is None else by_unit + found
+        if by_difference is not None:  # from the lines above, differentiated in their turn
+            logits = unit @ unit.mT / ctx.temperature
+            if not ctx.include_self:
+                logits.fill_diagonal_(torch.finfo(logits.dtype).min)
+            q = logits.softmax(1)
             by_q = by_difference - (q * by_difference).sum(1, keepdim=True)
-            by_logits = q * by_q if by_logits is None else by_logits + q * by_q
-        if by_logits is not None:
-            through_logits = through_gram(by_logits, unit) / ctx.temperature
-            by_unit = through_logits if by_unit is None else by_unit + through_logits
+            found = through_gram(q * by_q, unit) / ctx.temperature
+            by_unit = found if by_unit is None else by_unit + found
         return through_unit(by_unit, by_norms, unit, norms), None, None, None

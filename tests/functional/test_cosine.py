@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import normalize
@@ -24,8 +25,9 @@ def test_unit_rows_are_those_of_torch_with_their_gradients():
     assert torch.equal(results[0][1][2], results[1][1][2])
 
 
-def test_derivatives():
-    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("shape", [(4, 3), (8, 2)])  # the products' backward has two ways
+def test_derivatives(shape):
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     for function in (unit_rows, gram, pairwise_cosine):
         assert gradcheck(function, x)
         assert gradgradcheck(function, x)

@@ -1,10 +1,20 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch.nn.functional import kl_div, normalize
 
 from pml_extras.functional import listwise_kl
+
+MODULE = sys.modules[listwise_kl.__module__]
+
+
+@pytest.fixture(params=["all rows at once", "some at a time"], autouse=True)
+def blocks(request, monkeypatch):
+    if request.param == "some at a time":
+        monkeypatch.setattr(MODULE, "BLOCK", 25)
 
 
 def test_golden(listwise_case, relative_error):
@@ -41,13 +51,17 @@ def test_gradient_is_the_closed_form():
     assert torch.allclose(actual, expected, atol=1e-14)
 
 
-def test_gradcheck():
-    student = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
-    teacher = torch.randn(6, 3, dtype=torch.float64)
-    for include_self in (True, False):
-        assert torch.autograd.gradcheck(
-            lambda x, include=include_self: listwise_kl(x, teacher, 0.5, include), student
-        )
+@pytest.mark.parametrize("shape", [(6, 3), (8, 2)])
+@pytest.mark.parametrize("include_self", [True, False])
+def test_derivatives(shape, include_self):
+    student = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(shape, dtype=torch.float64)
+
+    def kl(x):
+        return listwise_kl(x, teacher, 0.5, include_self)
+
+    assert torch.autograd.gradcheck(kl, student)
+    assert torch.autograd.gradgradcheck(kl, student)
 
 
 def test_zero_when_student_and_teacher_coincide():
