@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -53,10 +52,12 @@ def listwise_kl(
     return divergences
 
 
-def _softmax_of_gram(vectors: Tensor, rows: slice, include_self: bool) -> tuple[Tensor, Tensor]:
+def _softmax_of_gram(
+    vectors: Tensor, rows: slice, temperature: float, include_self: bool
+) -> tuple[Tensor, Tensor]:
     """Logarithm and value of the softmax over some rows of the dot products. With one exponential
     for both, and in place, because new memory costs more than the arithmetic."""
-    logits = vectors[rows] @ vectors.mT
+    logits = (vectors[rows] / temperature) @ vectors.mT
     if not include_self:
         logits.diagonal(rows.start).fill_(torch.finfo(logits.dtype).min)
     shares = logits.sub_(logits.amax(1, keepdim=True)).exp()
@@ -74,17 +75,17 @@ class _ListwiseKL(torch.autograd.Function):
     def forward(
         student: Tensor, teacher: Tensor, temperature: float, include_self: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        scale = math.sqrt(temperature)
         unit, norms = unit_and_norms(student)
-        ours, theirs = unit / scale, unit_and_norms(teacher)[0] / scale
+        teacher_unit, _ = unit_and_norms(teacher)
         n = len(unit)
         size = max(1, BLOCK // n) if unit.device.type == "cpu" else n
         divergences, difference = [], unit.new_empty(n, n)
         for first in range(0, n, size):
             rows = slice(first, first + size)
-            log_p, p = _softmax_of_gram(theirs, rows, include_self)
-            log_q, q = _softmax_of_gram(ours, rows, include_self)
+            log_p, p = _softmax_of_gram(teacher_unit, rows, temperature, include_self)
+            log_q, q = _softmax_of_gram(unit, rows, temperature, include_self)
             log_ratio = log_q.sub_(log_p)
+            del log_p  # whose memory the next line takes
             # Without cancellation where they are near, and without overflow where they are not.
             difference[rows] = q_less_p = q.add_(p).mul_((log_ratio / 2).tanh_())
             # Q - P sums to nothing, so its presence changes no divergence; but with it each term is
