@@ -6,7 +6,8 @@
     python benchmarks/speed.py --device cuda    # the same on a GPU
     python benchmarks/speed.py --render         # docs/speed.md and its plots
 
-The contenders of a case take turns, so that whatever slows the machine down slows all of them; the
+The contenders of a case take turns, so that whatever slows the machine down slows all of them, in
+an order drawn anew each time, so that none always finds what another has left in the caches; the
 figures are medians, with the spread of the middle half. Memory is what a fresh process, which does
 nothing else, needs beyond what it had before the first call.
 """
@@ -18,6 +19,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -234,13 +236,11 @@ def interference(n: int, triplets_per_anchor: int | str) -> Contenders:
 def knn(n: int, dim: int = 128, k: int = 20) -> Contenders:
     x, _ = clustered(n, dim, per_class=20, noise=0.9)
     x = torch.nn.functional.normalize(x.detach())
-    contenders: Contenders = {
+    return {
         "pml_extras": lambda: ContextualKNN(num_neighbors=20)(x, k, x, True),
         "FaissKNN": lambda: FaissKNN()(x, k, x, True),
+        "k-reciprocal": lambda: reference.k_reciprocal_rerank(x.cpu().numpy()),
     }
-    if n <= 5000:
-        contenders["k-reciprocal"] = lambda: reference.k_reciprocal_rerank(x.cpu().numpy())
-    return contenders
 
 
 # Name, what is measured, the contenders, and how many turns they take.
@@ -325,9 +325,10 @@ def measure(name: str) -> dict[str, Any]:
     what, make, turns = CASES[name]
     contenders = make()
     times: dict[str, list[float]] = {contender: [] for contender in contenders}
+    order = random.Random(0)
     for turn in range(turns + 1):
-        for contender, function in contenders.items():
-            took = seconds(function)
+        for contender in order.sample(list(contenders), len(contenders)):
+            took = seconds(contenders[contender])
             if turn > 0 or turns == 1:  # the first is to warm up
                 times[contender].append(took)
     summary = {}
