@@ -50,7 +50,8 @@ def render(results: Path) -> None:
                 both = (ours["extra_mib"] or 0, theirs["extra_mib"] or 0)
                 # Below a few MiB the allocator's habits are all there is to see.
                 of_memory = f"{both[0] / both[1]:.2f}" if min(both) > 4 else ""
-                lines.append(f"{row}| {other} | {time_ratio:.2f} | {of_memory} |")
+                digits = 2 if time_ratio >= 0.1 else 3
+                lines.append(f"{row}| {other} | {time_ratio:.{digits}f} | {of_memory} |")
                 row = "| | | | "
             if not others:
                 lines.append(f"{row}| | | |")
