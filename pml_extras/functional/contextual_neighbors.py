@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ._parts import parts
 from ._precision import full_precision
 from .contextual_similarity import agreement
 
@@ -53,7 +53,8 @@ def nearest(query: Tensor, references: Tensor, k: int) -> tuple[Tensor, Tensor]:
         similarity, indices = index.search(query.contiguous().numpy(), k)
         return torch.from_numpy(similarity), torch.from_numpy(indices)
     found = [
-        (query[rows] @ references.T).topk(k, dim=1) for rows in _blocks(len(query), len(references))
+        (query[rows] @ references.T).topk(k, dim=1)
+        for rows in parts(len(query), len(references), BLOCK)
     ]
     return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
 
@@ -89,7 +90,7 @@ def reference_graph(
 
     size = unit.new_full((), k)
     opinion = torch.empty_like(similarity)
-    for rows in _blocks(len(unit), len(unit) + k * k):
+    for rows in parts(len(unit), len(unit) + k * k, BLOCK):
         shared = _count_shared(neighbors[rows], neighbors, neighbors[rows]).to(unit.dtype)
         opinion[rows] = agreement(shared, size, size, len(unit))
     first = neighbors[:, :half]
@@ -154,7 +155,7 @@ def contextual_neighbors(
     radius, half_radius = graph.similarity[:, -1], graph.similarity[:, half - 1]
 
     distances = torch.empty_like(similarity)
-    for rows in _blocks(len(query), num_references + candidates.shape[1] * num_neighbors):
+    for rows in parts(len(query), num_references + candidates.shape[1] * num_neighbors, BLOCK):
         nearby, cosine = candidates[rows], similarity[rows]
         near = nearby[:, :num_neighbors]
         if query_indices is None:
@@ -187,11 +188,6 @@ def contextual_neighbors(
         distances[rows] = (1 - distance_weight) * (1 - context) + distance_weight * (1 - cosine) / 2
     distances, order = distances.sort(dim=1, stable=True)
     return distances[:, :k], candidates.gather(1, order)[:, :k]
-
-
-def _blocks(num_rows: int, width: int) -> Iterator[slice]:
-    size = max(1, BLOCK // width)
-    return (slice(start, start + size) for start in range(0, num_rows, size))
 
 
 def _put_first(itself: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:

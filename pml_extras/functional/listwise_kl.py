@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._parts import parts
 from ._precision import full_precision
 from .cosine import through_gram, through_unit, unit_and_norms
 
@@ -41,7 +42,6 @@ def listwise_kl(
         >>> listwise_kl(torch.eye(2), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
         tensor([0.1201, 0.1201])
     """
-
     if len(student) == 0:
         return student.sum(1)
 
@@ -52,14 +52,16 @@ def listwise_kl(
     return divergences
 
 
-def _softmax_of_gram(
-    vectors: Tensor, rows: slice, temperature: float, include_self: bool
-) -> tuple[Tensor, Tensor]:
-    """Logarithm and value of the softmax over some rows of the dot products. With one exponential
-    for both, and in place, because new memory costs more than the arithmetic."""
+def _logits(vectors: Tensor, rows: slice, temperature: float, include_self: bool) -> Tensor:
     logits = (vectors[rows] / temperature) @ vectors.mT
     if not include_self:
         logits.diagonal(rows.start).fill_(torch.finfo(logits.dtype).min)
+    return logits
+
+
+def _softmax_(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Logarithm, in place, and value of the softmax over each row. With one exponential for both,
+    and little memory, because new memory costs more than the arithmetic."""
     shares = logits.sub_(logits.amax(1, keepdim=True)).exp()
     totals = shares.sum(1, keepdim=True)
     return logits.sub_(totals.log()), shares.div_(totals)
@@ -78,12 +80,10 @@ class _ListwiseKL(torch.autograd.Function):
         unit, norms = unit_and_norms(student)
         teacher_unit, _ = unit_and_norms(teacher)
         n = len(unit)
-        size = max(1, BLOCK // n) if unit.device.type == "cpu" else n
         divergences, difference = [], unit.new_empty(n, n)
-        for first in range(0, n, size):
-            rows = slice(first, first + size)
-            log_p, p = _softmax_of_gram(teacher_unit, rows, temperature, include_self)
-            log_q, q = _softmax_of_gram(unit, rows, temperature, include_self)
+        for rows in parts(n, n, BLOCK if unit.device.type == "cpu" else n * n):
+            log_p, p = _softmax_(_logits(teacher_unit, rows, temperature, include_self))
+            log_q, q = _softmax_(_logits(unit, rows, temperature, include_self))
             log_ratio = log_q.sub_(log_p)
             del log_p  # whose memory the next line takes
             # Without cancellation where they are near, and without overflow where they are not.
@@ -113,10 +113,7 @@ class _ListwiseKL(torch.autograd.Function):
             found = through_gram(difference, unit, weights)
             by_unit = found if by_unit is None else by_unit + found
         if by_difference is not None:  # from the lines above, differentiated in their turn
-            logits = unit @ unit.mT / ctx.temperature
-            if not ctx.include_self:
-                logits.fill_diagonal_(torch.finfo(logits.dtype).min)
-            q = logits.softmax(1)
+            q = _logits(unit, slice(0, len(unit)), ctx.temperature, ctx.include_self).softmax(1)
             by_q = by_difference - (q * by_difference).sum(1, keepdim=True)
             found = through_gram(q * by_q, unit) / ctx.temperature
             by_unit = found if by_unit is None else by_unit + found

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ._parts import parts
 from .cosine import SMALLEST_NORM, through_norm, unit_and_norms, unit_rows
 
 # Up to this many logits, the fewer steps are the faster ones.
@@ -71,7 +72,7 @@ class _NegativeLogSumExp(torch.autograd.Function):
         mean_center = torch.zeros_like(unit) if ctx.needs_input_grad[0] else None
         own_center = None
         kept, room = [], KEPT if ctx.needs_input_grad[1] else 0
-        for classes in _chunks(unit, centers):
+        for classes in parts(len(centers), len(unit), CHUNK):
             chunk, chunk_norms = unit_and_norms(centers[classes])
             logits = (scale * unit) @ chunk.T
             own_logits, inside = _leave_out_(logits, labels, seen, held, classes)
@@ -128,7 +129,7 @@ class _NegativeLogSumExp(torch.autograd.Function):
             by_embeddings = through_norm(by_unit, unit, norms, out=by_unit)
         if ctx.needs_input_grad[1]:
             by_centers = torch.zeros_like(centers).index_add_(0, labels, by_own * unit)
-            for classes in _chunks(unit, centers):
+            for classes in parts(len(centers), len(unit), CHUNK):
                 if kept:
                     softmax, shift, chunk, chunk_norms, *kept = kept
                     weight = by_total * (shift - total).exp_()
@@ -205,11 +206,6 @@ class _AllClasses(torch.autograd.Function):
             by_own = by_own if held is None else by_own * held
             found.scatter_add_(1, labels.unsqueeze(1), by_own.unsqueeze(1))
         return found, None, None, None, None
-
-
-def _chunks(unit: Tensor, centers: Tensor) -> list[slice]:
-    size = max(1, CHUNK // max(1, len(unit)))
-    return [slice(start, start + size) for start in range(0, len(centers), size)]
 
 
 def _leave_out_(

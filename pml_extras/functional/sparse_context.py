@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._parts import parts
 from ._sparse import Sparse, ranges
 from .contextual_similarity import (
     agreement,
@@ -217,5 +218,5 @@ class Growing:
 
 def blocks(n: int, num_references: int, device: torch.device) -> Iterator[Tensor]:
     """The numbers of n samples, few enough at a time for their distances to all references."""
-    size = max(1, BLOCK // num_references)
-    return (torch.arange(i, min(n, i + size), device=device) for i in range(0, n, size))
+    found = parts(n, num_references, BLOCK)
+    return (torch.arange(rows.start, min(n, rows.stop), device=device) for rows in found)

@@ -19,6 +19,7 @@ from ..functional import (
     sharded_center_contrastive_loss,
 )
 from ..functional._collectives import all_reduced, gather_rows
+from ..functional._parts import parts
 from .center_contrastive_loss import CenterContrastiveLoss
 
 if TYPE_CHECKING:
@@ -333,10 +334,9 @@ class ShardedCenterContrastiveLoss(CenterContrastiveLoss):
         dtype = torch.promote_types(dtype, torch.float32)
         largest = embeddings.new_full((len(labels),), float("-inf"), dtype=dtype)
         own, nearest = largest.clone(), torch.full_like(labels, self.num_classes)
-        step = max(1, CHUNK // len(labels))
-        for start in range(0, self.shard_sizes()[self.rank], step):
-            cosines = self._cosines(embeddings, slice(start, start + step))
-            first = self.first_class + start
+        for classes in parts(self.shard_sizes()[self.rank], len(labels), CHUNK):
+            cosines = self._cosines(embeddings, classes)
+            first = self.first_class + classes.start
             column = (labels - first).clamp(0, cosines.shape[1] - 1)[:, None]
             here = labels == column.squeeze(1) + first
             own = own.where(~here, cosines.gather(1, column).squeeze(1))
