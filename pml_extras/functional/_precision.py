@@ -23,6 +23,11 @@ def full_precision(function: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+        device = tensors[0].device.type
+        # Only where there is something to leave, because it takes as long as a small operation.
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return wrapper(*args, **kwargs)
         dtype = torch.float32
         for tensor in tensors:
             if tensor.is_floating_point():
@@ -34,10 +39,9 @@ def full_precision(function: Callable[P, T]) -> Callable[P, T]:
                 return cast.setdefault(id(x), x.to(dtype))
             return x
 
-        with torch.autocast(tensors[0].device.type, enabled=False):
-            return function(
-                *(widen(x) for x in args),
-                **{name: widen(x) for name, x in kwargs.items()},
-            )
+        return function(
+            *(widen(x) for x in args),
+            **{name: widen(x) for name, x in kwargs.items()},
+        )
 
     return wrapper

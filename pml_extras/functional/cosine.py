@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._function import Function
 from ._precision import full_precision
 
 SMALLEST_NORM = 1e-12  # as in torch.nn.functional.normalize
@@ -60,11 +61,19 @@ def through_unit(
     by_unit: Tensor | None, by_norms: Tensor | None, unit: Tensor, norms: Tensor
 ) -> Tensor | None:
     """The same where the norms have a gradient too, as in a second backward."""
-    found = None if by_unit is None else through_norm(by_unit, unit, norms)
-    if by_norms is not None:
-        along = by_norms * unit
-        found = along if found is None else found + along
-    return found
+    return total_of(
+        None if by_unit is None else through_norm(by_unit, unit, norms),
+        None if by_norms is None else by_norms * unit,
+    )
+
+
+def total_of(*gradients: Tensor | None) -> Tensor | None:
+    """The sum of those that there are."""
+    total = None
+    for gradient in gradients:
+        if gradient is not None:
+            total = gradient if total is None else total + gradient
+    return total
 
 
 def through_gram(gradient: Tensor, vectors: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -80,9 +89,7 @@ def through_gram(gradient: Tensor, vectors: Tensor, weights: Tensor | None = Non
     return (gradient + gradient.mT) @ vectors
 
 
-class _Unit(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _Unit(Function):
     @staticmethod
     def forward(vectors: Tensor) -> tuple[Tensor, Tensor]:
         return unit_and_norms(vectors)
@@ -97,9 +104,7 @@ class _Unit(torch.autograd.Function):
         return through_unit(by_unit, by_norms, *ctx.saved_tensors)
 
 
-class _Gram(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _Gram(Function):
     @staticmethod
     def forward(vectors: Tensor) -> Tensor:
         return vectors @ vectors.mT

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._function import Function
 from ._parts import parts
 from ._precision import full_precision
-from .cosine import through_gram, through_unit, unit_and_norms
+from .cosine import through_gram, through_unit, total_of, unit_and_norms
 
 # How many numbers a CPU works on at a time: what its caches hold.
 BLOCK = 1 << 17
@@ -67,11 +68,9 @@ def _softmax_(logits: Tensor) -> tuple[Tensor, Tensor]:
     return logits.sub_(totals.log()), shares.div_(totals)
 
 
-class _ListwiseKL(torch.autograd.Function):
+class _ListwiseKL(Function):
     """The divergences, and what their derivatives are made of: first of all Q - P, their derivative
     with respect to the logits of Q."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -110,11 +109,9 @@ class _ListwiseKL(torch.autograd.Function):
         difference, unit, norms = ctx.saved_tensors
         if by_divergences is not None:
             weights = by_divergences[:, None] / ctx.temperature
-            found = through_gram(difference, unit, weights)
-            by_unit = found if by_unit is None else by_unit + found
+            by_unit = total_of(by_unit, through_gram(difference, unit, weights))
         if by_difference is not None:  # from the lines above, differentiated in their turn
             q = _logits(unit, slice(0, len(unit)), ctx.temperature, ctx.include_self).softmax(1)
             by_q = by_difference - (q * by_difference).sum(1, keepdim=True)
-            found = through_gram(q * by_q, unit) / ctx.temperature
-            by_unit = found if by_unit is None else by_unit + found
+            by_unit = total_of(by_unit, through_gram(q * by_q, unit) / ctx.temperature)
         return through_unit(by_unit, by_norms, unit, norms), None, None, None

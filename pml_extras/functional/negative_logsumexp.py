@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ._function import Function
 from ._parts import parts
-from .cosine import SMALLEST_NORM, through_norm, unit_and_norms, unit_rows
+from .cosine import SMALLEST_NORM, through_norm, through_unit, total_of, unit_and_norms
 
 # Up to this many logits, the fewer steps are the faster ones.
 FEW = 1 << 16
@@ -152,23 +153,24 @@ def _plainly(
     held: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """All logits at once, in operations that torch can differentiate twice and vectorise."""
-    cosines = unit_rows(embeddings) @ unit_rows(centers).T
-    total, own, _ = _AllClasses.apply(  # type: ignore[no-untyped-call]
-        cosines, labels, scale, seen, held
+    total, own, *_ = _AllClasses.apply(  # type: ignore[no-untyped-call]
+        embeddings, centers, labels, scale, seen, held
     )
     return total, own
 
 
-class _AllClasses(torch.autograd.Function):
-    """From all cosines, the two that are asked for and the softmax over all classes but one's own,
-    which is the first one's derivative."""
-
-    generate_vmap_rule = True
+class _AllClasses(Function):
+    """The two that are asked for, and what their derivatives are made of: the softmax over all
+    classes but one's own, which is the first one's with respect to the logits, and the vectors."""
 
     @staticmethod
     def forward(
-        cosines: Tensor, labels: Tensor, scale: float, seen: Tensor | None, held: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        embeddings: Tensor, centers: Tensor, labels: Tensor, scale: float,
+        seen: Tensor | None, held: Tensor | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        unit, norms = unit_and_norms(embeddings)
+        center_unit, center_norms = unit_and_norms(centers)
+        cosines = unit @ center_unit.mT
         column = labels.unsqueeze(1)
         own = cosines.gather(1, column)
         # Low enough to be nothing beside any logit, and finite: where there is no other class, -inf
@@ -182,30 +184,39 @@ class _AllClasses(torch.autograd.Function):
             others.masked_fill_(~seen, lowest)
         softmax = others.mul_(scale).softmax(1)
         total = others.amax(1) - softmax.amax(1).log_()
-        return total, own.squeeze(1), softmax
+        return total, own.squeeze(1), softmax, unit, norms, center_unit, center_norms
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-        _, labels, ctx.scale, _, held = inputs
-        ctx.save_for_backward(labels, held, outputs[2])
+        *_, labels, ctx.scale, _, held = inputs
+        ctx.save_for_backward(labels, held, *outputs[2:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(
-        ctx: Any, by_total: Tensor | None, by_own: Tensor | None, by_softmax: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        labels, held, softmax = ctx.saved_tensors
+        ctx: Any, by_total: Tensor | None, by_own: Tensor | None, by_softmax: Tensor | None,
+        *by_vectors: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        labels, held, softmax, unit, norms, center_unit, center_norms = ctx.saved_tensors
+        by_unit, by_norms, by_center_unit, by_center_norms = by_vectors
         if by_total is None:
-            found = torch.zeros_like(softmax)
+            by_cosines = torch.zeros_like(softmax)
         else:
-            found = (ctx.scale * by_total).unsqueeze(1) * softmax
+            by_cosines = (ctx.scale * by_total).unsqueeze(1) * softmax
         if by_softmax is not None:  # from the line above, differentiated in its turn
             mean = (softmax * by_softmax).sum(1, keepdim=True)
-            found = found + ctx.scale * softmax * (by_softmax - mean)
+            by_cosines = by_cosines + ctx.scale * softmax * (by_softmax - mean)
         if by_own is not None:
             by_own = by_own if held is None else by_own * held
-            found.scatter_add_(1, labels.unsqueeze(1), by_own.unsqueeze(1))
-        return found, None, None, None, None
+            by_cosines.scatter_add_(1, labels.unsqueeze(1), by_own.unsqueeze(1))
+        by_embeddings = by_centers = None
+        if ctx.needs_input_grad[0]:
+            by_unit = total_of(by_cosines @ center_unit, by_unit)
+            by_embeddings = through_unit(by_unit, by_norms, unit, norms)
+        if ctx.needs_input_grad[1]:
+            by_center_unit = total_of(by_cosines.mT @ unit, by_center_unit)
+            by_centers = through_unit(by_center_unit, by_center_norms, center_unit, center_norms)
+        return by_embeddings, by_centers, None, None, None, None
 
 
 def _leave_out_(

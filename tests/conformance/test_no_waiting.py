@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -71,9 +69,8 @@ class OneDevice(TorchDispatchMode):
 
 
 @pytest.fixture
-def without_values(monkeypatch, x, labels):
+def without_values(x, labels):
     """A component's step on a device whose tensors have shapes and no values to be read."""
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which it knows not
 
     def step(component):
         loss_func = component.make(NUM_CLASSES, EMBEDDING_SIZE)

@@ -76,6 +76,9 @@ def test_compiles_without_graph_breaks_to_the_same_values(name, inputs):
         return
     for a, e in zip(actual, expected, strict=True):
         assert torch.allclose(a, e, atol=1e-6)
+    # The value alone: what a compiled backward does is traced under the caller's autocast.
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.allclose(compiled(*inputs), expected[0], atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
