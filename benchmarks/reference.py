@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import KLDivLoss, LogSoftmax, Softmax
 from torch.nn.functional import cross_entropy, kl_div, normalize
 
 
@@ -50,16 +51,28 @@ def center_contrastive_loss(embeddings: Tensor, centers: Tensor, labels: Tensor)
     return cross_entropy(logits, labels) + 1.5 * (2 - 2 * own).mean()
 
 
-def listwise_kl(student: Tensor, teacher: Tensor, labels: np.ndarray) -> Tensor:
-    """One sample at a time, as the authors loop it. They take the similarities to its own class and
-    to the others apart and put them end to end, which changes no divergence."""
+def listwise_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """All samples at once, in the operations that torch has for it."""
+    f, g = normalize(student), normalize(teacher)
+    return kl_div((f @ f.T).log_softmax(1), (g @ g.T).softmax(1), reduction="batchmean")
+
+
+def listwise_kl_loop(
+    student: Tensor, teacher: Tensor, labels: np.ndarray, temperature: float = 1.0
+) -> Tensor:
+    """One sample at a time, in the steps of the authors' triplet_lsd.py. The similarities to its
+    own class and to the others are taken apart and put end to end, which changes no divergence."""
     f, g = normalize(student), normalize(teacher)
     of_student, of_teacher = f @ f.T, g @ g.T
     divergences = []
     for i in range(len(f)):
-        same = labels == labels[i]
-        q, p = (torch.cat([s[i][same], s[i][~same]])[None] for s in (of_student, of_teacher))
-        divergences.append(kl_div(q.log_softmax(1), p.softmax(1), reduction="batchmean"))
+        same, others = labels == labels[i], labels != labels[i]
+        q, p = (
+            torch.cat([row[same][None], row[others][None]], dim=1) / temperature
+            for row in (of_student[i], of_teacher[i])
+        )
+        q, p = LogSoftmax(dim=1)(q), Softmax(dim=1)(p)
+        divergences.append(KLDivLoss(reduction="batchmean")(q, p.detach()))
     return torch.stack(divergences).mean()
 
 

@@ -60,14 +60,6 @@ def _logits(vectors: Tensor, rows: slice, temperature: float, include_self: bool
     return logits
 
 
-def _softmax_(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Logarithm, in place, and value of the softmax over each row. With one exponential for both,
-    and little memory, because new memory costs more than the arithmetic."""
-    shares = logits.sub_(logits.amax(1, keepdim=True)).exp()
-    totals = shares.sum(1, keepdim=True)
-    return logits.sub_(totals.log()), shares.div_(totals)
-
-
 class _ListwiseKL(Function):
     """The divergences, and what their derivatives are made of: first of all Q - P, their derivative
     with respect to the logits of Q."""
@@ -81,15 +73,16 @@ class _ListwiseKL(Function):
         n = len(unit)
         divergences, difference = [], unit.new_empty(n, n)
         for rows in parts(n, n, BLOCK if unit.device.type == "cpu" else n * n):
-            log_p, p = _softmax_(_logits(teacher_unit, rows, temperature, include_self))
-            log_q, q = _softmax_(_logits(unit, rows, temperature, include_self))
+            log_p = _logits(teacher_unit, rows, temperature, include_self).log_softmax(1)
+            log_q = _logits(unit, rows, temperature, include_self).log_softmax(1)
+            p, q = log_p.exp(), log_q.exp()
             log_ratio = log_q.sub_(log_p)
             del log_p  # whose memory the next line takes
             # Without cancellation where they are near, and without overflow where they are not.
             difference[rows] = q_less_p = q.add_(p).mul_((log_ratio / 2).tanh_())
             # Q - P sums to nothing, so its presence changes no divergence; but with it each term is
             # non-negative, and rounding cannot make the divergence of near-equal lists negative.
-            divergences.append(log_ratio.mul_(p).sub_(q_less_p).sum(1).neg_())
+            divergences.append(q_less_p.sub_(log_ratio.mul_(p)).sum(1))
         return torch.cat(divergences), difference, unit, norms
 
     @staticmethod
