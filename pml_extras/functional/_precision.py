@@ -28,10 +28,10 @@ def full_precision(function: Callable[P, T]) -> Callable[P, T]:
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return wrapper(*args, **kwargs)
-        dtype = torch.float32
-        for tensor in tensors:
-            if tensor.is_floating_point():
-                dtype = torch.promote_types(dtype, tensor.dtype)
+        dtypes = {x.dtype for x in tensors if x.is_floating_point()}
+        dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
+        if dtypes <= {dtype}:
+            return function(*args, **kwargs)
         cast: dict[int, torch.Tensor] = {}  # one tensor given twice stays one tensor
 
         def widen(x: Any) -> Any:
