@@ -90,8 +90,10 @@ def reference_graph(
 
     size = unit.new_full((), k)
     opinion = torch.empty_like(similarity)
-    for rows in parts(len(unit), len(unit) + k * k, BLOCK):
-        shared = _count_shared(neighbors[rows], neighbors, neighbors[rows]).to(unit.dtype)
+    blocks = parts(len(unit), len(unit) + k * k, BLOCK)
+    table = _zeros(blocks, unit, len(unit))
+    for rows in blocks:
+        shared = _count_shared(table, neighbors[rows], neighbors[neighbors[rows]])
         opinion[rows] = agreement(shared, size, size, len(unit))
     first = neighbors[:, :half]
     reciprocal = (neighbors[first, :half] == itself[:, :, None]).any(2)
@@ -155,36 +157,35 @@ def contextual_neighbors(
     radius, half_radius = graph.similarity[:, -1], graph.similarity[:, half - 1]
 
     distances = torch.empty_like(similarity)
-    for rows in parts(len(query), num_references + candidates.shape[1] * num_neighbors, BLOCK):
+    blocks = parts(len(query), num_references + candidates.shape[1] * num_neighbors, BLOCK)
+    table = _zeros(blocks, unit, num_references)
+    for rows in blocks:
         nearby, cosine = candidates[rows], similarity[rows]
+        theirs = graph.neighbors[nearby]
         near = nearby[:, :num_neighbors]
         if query_indices is None:
             trusts_back = cosine[:, :half] >= half_radius[nearby[:, :half]]
             knows_back = cosine >= radius[nearby]
         else:
-            own = query_indices[rows][:, None, None]
-            near = graph.neighbors[query_indices[rows]]
-            trusts_back = graph.reciprocal[query_indices[rows]]
-            knows_back = (graph.neighbors[nearby] == own).any(2)
+            own = query_indices[rows]
+            near = graph.neighbors[own]
+            trusts_back = graph.reciprocal[own]
+            knows_back = (theirs == own[:, None, None]).any(2)
 
         # What the query's closest reciprocal neighbours think of each reference.
         votes = trusts_back.to(cosine.dtype)
         votes = votes / votes.sum(1, keepdim=True).clamp_min(1)
         counsel = near[:, :half]
-        forth = cosine.new_zeros(len(nearby), num_references).scatter_add_(
-            1,
-            graph.neighbors[counsel].flatten(1),
-            (votes[:, :, None] * graph.opinion[counsel]).flatten(1),
-        )
+        advice = votes[:, :, None] * graph.opinion[counsel]
+        forth = _sums(table, graph.neighbors[counsel], advice, nearby)
         # What each reference's closest reciprocal neighbours think of the query.
-        shared = _count_shared(near, graph.neighbors, nearby).to(cosine.dtype)
+        shared = _count_shared(table, near, theirs)
         opinion = agreement(shared, size, size, num_references) * knows_back
-        of_query = cosine.new_zeros(len(nearby), num_references).scatter_(1, nearby, opinion)
         asked = graph.reciprocal[nearby].to(cosine.dtype)
-        answers = _gather(of_query, graph.neighbors[nearby, :half])
+        answers = _sums(table, nearby, opinion, theirs[:, :, :half])
         back = (asked * answers).sum(2) / asked.sum(2).clamp_min(1)
 
-        context = (forth.gather(1, nearby) + back) / 2
+        context = (forth + back) / 2
         distances[rows] = (1 - distance_weight) * (1 - context) + distance_weight * (1 - cosine) / 2
     distances, order = distances.sort(dim=1, stable=True)
     return distances[:, :k], candidates.gather(1, order)[:, :k]
@@ -203,13 +204,23 @@ def _put_first(itself: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor,
     return values, indices
 
 
-def _count_shared(near: Tensor, neighbors: Tensor, others: Tensor) -> Tensor:
-    """(B, L): how many of row b's k neighbours l has too, for (B, L) indices l of others."""
-    is_near = torch.zeros(len(near), len(neighbors), dtype=torch.bool, device=near.device)
-    is_near.scatter_(1, near, True)
-    return _gather(is_near, neighbors[others]).sum(2)
+def _count_shared(table: Tensor, near: Tensor, theirs: Tensor) -> Tensor:
+    """(B, L): how many of row b's k neighbours, (B, k), are among the k of l, (B, L, k)."""
+    return _sums(table, near, table.new_ones(()).expand(near.shape), theirs).sum(2)
 
 
-def _gather(table: Tensor, indices: Tensor) -> Tensor:
-    """(B, L, k): the entries of row b of a (B, R) table at (B, L, k) indices."""
-    return table.gather(1, indices.flatten(1)).view(indices.shape)
+def _zeros(blocks: list[slice], vectors: Tensor, num_sums: int) -> Tensor:
+    """A table for :func:`_sums`, with a row for each vector of a block."""
+    return vectors.new_zeros(max((len(vectors[rows]) for rows in blocks), default=0), num_sums)
+
+
+def _sums(table: Tensor, at: Tensor, values: Tensor, wanted: Tensor) -> Tensor:
+    """Sum up row b's ``values`` by what they are ``at``, both (B, ...), and read the sums of those
+    that are ``wanted``, (B, ...). ``table`` has a row for each of the B, or more, and a column for
+    each sum; it holds zeros, and does again."""
+    sums = table[: len(at)]
+    at = at.flatten(1)
+    sums.scatter_add_(1, at, values.flatten(1))
+    found = sums.gather(1, wanted.flatten(1)).view(wanted.shape)
+    sums.scatter_(1, at, 0)  # quicker than new zeros, where few of them are used
+    return found
