@@ -12,6 +12,28 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+def outside_autocast(function: Callable[P, T]) -> Callable[P, T]:
+    """Run ``function`` without the autocast of the device that its tensors are on."""
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+        for x in (*args, *kwargs.values()):
+            if isinstance(x, torch.Tensor) and _has_autocast(x.device.type):
+                with torch.autocast(x.device.type, enabled=False):
+                    return function(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def _has_autocast(device: str) -> bool:
+    # To leave one takes as long as a small operation: not where there is none. What the compiler
+    # traces as a backward pass is run under another autocast than it sees there.
+    return torch.amp.is_autocast_available(device) and (
+        torch.is_autocast_enabled(device) or torch.compiler.is_compiling()
+    )
+
+
 def full_precision(function: Callable[P, T]) -> Callable[P, T]:
     """Run ``function`` with floating tensors in their widest type, at least float32, and no
     autocast.
@@ -21,13 +43,9 @@ def full_precision(function: Callable[P, T]) -> Callable[P, T]:
     """
 
     @functools.wraps(function)
+    @outside_autocast
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
-        device = tensors[0].device.type
-        # Only where there is something to leave, because it takes as long as a small operation.
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return wrapper(*args, **kwargs)
         dtypes = {x.dtype for x in tensors if x.is_floating_point()}
         dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
         if dtypes <= {dtype}:

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._function import Function
 from ._precision import full_precision
+from .cosine import dots, gram
 
 # The slope that stands in for the derivative of the step function, per unit of squared distance.
 STEP_SLOPE = 10.0
@@ -116,7 +118,7 @@ def contextual_similarity_from_distances(
     ref_nearest = _step(ref_distances, ref_half_radius)
     ref_members = ref_near.sum(1)
     ref_opinion = ref_near * agreement(
-        ref_near @ ref_near.T, ref_members[:, None], ref_members, len(ref_near)
+        gram(ref_near), ref_members[:, None], ref_members, len(ref_near)
     )
     ref_reciprocal = ref_nearest * ref_nearest.T
     near = _step(distances, _radius(distances, k, slack))
@@ -125,13 +127,13 @@ def contextual_similarity_from_distances(
     seen_nearest = _step(distances, ref_half_radius.T)
     context = _average_over(nearest * seen_nearest, ref_opinion)
     opinion_of_query = seen_near.T * agreement(
-        ref_near @ near.T, ref_members[:, None], near.sum(1), len(ref_near)
+        dots(ref_near, near), ref_members[:, None], near.sum(1), len(ref_near)
     )
     context_back = _average_over(ref_reciprocal, opinion_of_query)
     return (context + context_back.T) / 2
 
 
-class _WithinBatch(torch.autograd.Function):
+class _WithinBatch(Function):
     """The contextual similarity of a batch with itself: two matrix products, three in backward.
 
     The closed form is derived in :func:`sparse_contextual_loss`; autograd through the steps takes
@@ -223,4 +225,4 @@ def agreement(common: Tensor, size: Tensor, other_size: Tensor, num_references: 
 def _average_over(weights: Tensor, values: Tensor) -> Tensor:
     # Only a query outside the reach of all references has no weights at all.
     total = weights.sum(1, keepdim=True)
-    return weights @ values / torch.where(total == 0, 1, total)
+    return dots(weights, values.T) / torch.where(total == 0, 1, total)

@@ -30,7 +30,7 @@ def pairwise_cosine(x: Tensor, y: Tensor | None = None) -> Tensor:
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    return gram(unit_rows(x)) if y is None else unit_rows(x) @ unit_rows(y).T
+    return gram(unit_rows(x)) if y is None else dots(unit_rows(x), unit_rows(y))
 
 
 def unit_rows(vectors: Tensor) -> Tensor:
@@ -39,8 +39,13 @@ def unit_rows(vectors: Tensor) -> Tensor:
     return unit  # type: ignore[no-any-return]
 
 
+def dots(x: Tensor, y: Tensor) -> Tensor:
+    """The dot products of each row of ``x`` with each row of ``y``, exact in backward too."""
+    return _Dots.apply(x, y)  # type: ignore[no-any-return, no-untyped-call]
+
+
 def gram(vectors: Tensor) -> Tensor:
-    """All dot products, whose backward is :func:`through_gram`, cheaper than autograd's."""
+    """Those of ``vectors`` with themselves, whose backward, :func:`through_gram`, is cheaper."""
     return _Gram.apply(vectors)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -102,6 +107,22 @@ class _Unit(Function):
     @staticmethod
     def backward(ctx: Any, by_unit: Tensor | None, by_norms: Tensor | None) -> Tensor | None:
         return through_unit(by_unit, by_norms, *ctx.saved_tensors)
+
+
+class _Dots(Function):
+    @staticmethod
+    def forward(x: Tensor, y: Tensor) -> Tensor:
+        return x @ y.mT
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, by_dots: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, y = ctx.saved_tensors
+        by_x = by_dots @ y if ctx.needs_input_grad[0] else None
+        return by_x, by_dots.mT @ x if ctx.needs_input_grad[1] else None
 
 
 class _Gram(Function):

@@ -61,7 +61,7 @@ def negative_logsumexp(
     return found
 
 
-class _NegativeLogSumExp(torch.autograd.Function):
+class _NegativeLogSumExp(Function):
     @staticmethod
     def forward(
         ctx: Any, embeddings: Tensor, centers: Tensor, labels: Tensor, scale: float,

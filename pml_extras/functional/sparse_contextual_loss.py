@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._function import Function
 from ._precision import full_precision
 from ._sparse import same_class
 from .contextual_similarity import STEP_SLOPE, agreement
@@ -96,7 +97,7 @@ def _squared_distances(unit: Tensor) -> Distances:
     return lambda rows: (2 - 2 * (unit[rows] @ unit.T)).clamp_min_(0)
 
 
-class _SparseContextualLoss(torch.autograd.Function):
+class _SparseContextualLoss(Function):
     @staticmethod
     def forward(ctx: Any, unit: Tensor, labels: Tensor, k: int, slack: float) -> Tensor:
         n = len(unit)

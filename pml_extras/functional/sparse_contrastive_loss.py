@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._function import Function
 from ._precision import full_precision
 from ._sparse import Sparse, same_class
 from .cosine import unit_rows
@@ -52,7 +53,7 @@ def sparse_contrastive_loss(
     return losses
 
 
-class _AllPairs(torch.autograd.Function):
+class _AllPairs(Function):
     @staticmethod
     def forward(
         ctx: Any, unit: Tensor, same: Sparse, pos_margin: float, neg_margin: float

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from unittest.mock import patch
+
 import pytest
 import torch
 
@@ -45,6 +48,18 @@ FUNCTIONS = {
 }
 
 
+def in_chunks(x, c, y):
+    with patch.object(sys.modules["pml_extras.functional.negative_logsumexp"], "FEW", 0):
+        return f.center_contrastive_loss(x, c, y)
+
+
+FOR_MANY = {
+    "center_contrastive_loss-in-chunks": in_chunks,
+    "sparse_contextual_loss": lambda x, c, y: f.sparse_contextual_loss(x, y),
+    "sparse_contrastive_loss": lambda x, c, y: f.sparse_contrastive_loss(x, y, 0.9, -0.5),
+}
+
+
 @pytest.fixture
 def inputs():
     x = torch.randn(N, D, requires_grad=True)
@@ -76,29 +91,38 @@ def test_compiles_without_graph_breaks_to_the_same_values(name, inputs):
         return
     for a, e in zip(actual, expected, strict=True):
         assert torch.allclose(a, e, atol=1e-6)
-    # The value alone: what a compiled backward does is traced under the caller's autocast.
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.allclose(compiled(*inputs), expected[0], atol=1e-6)
+    # A compiled backward is traced under the autocast that the call is under.
+    under_autocast = value_and_gradients(compiled, inputs, autocast=torch.bfloat16)
+    for a, e in zip(under_autocast, expected, strict=True):
+        assert torch.allclose(a, e, atol=1e-6)
 
 
+@pytest.mark.parametrize("backward_too", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_autocast_changes_nothing(name, inputs, dtype):
-    expected = value_and_gradients(FUNCTIONS[name], inputs)
-    actual = value_and_gradients(FUNCTIONS[name], inputs, autocast=dtype)
+@pytest.mark.parametrize("name", [*FUNCTIONS, *FOR_MANY])
+def test_autocast_changes_nothing(name, inputs, dtype, backward_too):
+    function = {**FUNCTIONS, **FOR_MANY}[name]
+    expected = value_and_gradients(function, inputs)
+    # torch advises against a backward pass under autocast; many do it all the same.
+    with torch.autocast("cpu", dtype=dtype, enabled=backward_too):
+        actual = value_and_gradients(function, inputs, autocast=dtype)
     for a, e in zip(actual, expected, strict=True):
         assert a.dtype == e.dtype
         assert torch.allclose(a, e, atol=1e-6)
 
 
-def test_losses_in_an_autocast_training_step(loss_component, x, labels):
+@pytest.mark.parametrize("backward_too", [False, True])
+def test_losses_in_an_autocast_training_step(loss_component, x, labels, backward_too):
     def step(enabled):
         loss_func = loss_component.make()
         torch.manual_seed(0)
         model = torch.nn.Linear(D, D)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             loss = loss_component.call(loss_func, model(x), labels)
-        loss.backward()
+            if backward_too:
+                loss.backward()
+        if not backward_too:
+            loss.backward()
         return loss, model, loss_func
 
     expected, _, _ = step(enabled=False)
