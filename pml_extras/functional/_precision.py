@@ -27,10 +27,10 @@ def outside_autocast(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def _has_autocast(device: str) -> bool:
-    # To leave one takes as long as a small operation: not where there is none. What the compiler
-    # traces as a backward pass is run under another autocast than it sees there.
-    return torch.amp.is_autocast_available(device) and (
-        torch.is_autocast_enabled(device) or torch.compiler.is_compiling()
+    # What the compiler traces as a backward pass is run under another autocast than it sees there.
+    # Elsewhere not where there is none: to leave it takes as long as a small operation.
+    return torch.compiler.is_compiling() or (
+        torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     )
 
 
