@@ -284,7 +284,7 @@ CASES: dict[str, tuple[str, Callable[[], Contenders], int]] = {
         lambda: centers_averaged(10_000_000),
         2,
     ),
-    **{f"listwise-{n}": (f"Listwise KL, N={n}", lambda n=n: listwise(n), 11) for n in (112, 512)},
+    **{f"listwise-{n}": (f"Listwise KL, N={n}", lambda n=n: listwise(n), 31) for n in (112, 512)},
     "compiled-contextual": (
         "Contextual term, N=512, D=512, in dense products, compiled",
         lambda: contextual_compiled(512),

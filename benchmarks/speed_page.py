@@ -25,7 +25,8 @@ def render(results: Path) -> None:
         "pml_extras is ahead. A step is forward and backward. *Plain* is the formula written down",
         "plainly, as research code has it (`benchmarks/reference.py`). *Spread* is how far apart",
         "the quarter points of our times are, relative to their median; memory is what is needed",
-        "beyond the inputs. *Compiled* is ours by `torch.compile`.",
+        "beyond the inputs. *Compiled* is ours by `torch.compile`. The machine was busier in some",
+        "rows than in others: milliseconds compare within a row.",
     ]
     for stem, run in runs.items():
         lines += ["", f"## {run['machine']}", "", run["versions"], ""]
