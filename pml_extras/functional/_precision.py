@@ -27,8 +27,8 @@ def outside_autocast(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def _has_autocast(device: str) -> bool:
-    # What the compiler traces as a backward pass is run under another autocast than it sees there.
-    # Elsewhere not where there is none: to leave it takes as long as a small operation.
+    # To leave autocast takes as long as a small operation, so that is done only where it is on; and
+    # in the compiler, which sees another in a backward pass than that will be run under.
     return torch.compiler.is_compiling() or (
         torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     )

@@ -91,7 +91,7 @@ def reference_graph(
     size = unit.new_full((), k)
     opinion = torch.empty_like(similarity)
     blocks = parts(len(unit), len(unit) + k * k, BLOCK)
-    table = _zeros(blocks, unit, len(unit))
+    table = unit.new_zeros(blocks[0].stop if blocks else 0, len(unit))
     for rows in blocks:
         shared = _count_shared(table, neighbors[rows], neighbors[neighbors[rows]])
         opinion[rows] = agreement(shared, size, size, len(unit))
@@ -158,7 +158,7 @@ def contextual_neighbors(
 
     distances = torch.empty_like(similarity)
     blocks = parts(len(query), num_references + candidates.shape[1] * num_neighbors, BLOCK)
-    table = _zeros(blocks, unit, num_references)
+    table = unit.new_zeros(blocks[0].stop if blocks else 0, num_references)
     for rows in blocks:
         nearby, cosine = candidates[rows], similarity[rows]
         theirs = graph.neighbors[nearby]
@@ -207,11 +207,6 @@ def _put_first(itself: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor,
 def _count_shared(table: Tensor, near: Tensor, theirs: Tensor) -> Tensor:
     """(B, L): how many of row b's k neighbours, (B, k), are among the k of l, (B, L, k)."""
     return _sums(table, near, table.new_ones(()).expand(near.shape), theirs).sum(2)
-
-
-def _zeros(blocks: list[slice], vectors: Tensor, num_sums: int) -> Tensor:
-    """A table for :func:`_sums`, with a row for each vector of a block."""
-    return vectors.new_zeros(max((len(vectors[rows]) for rows in blocks), default=0), num_sums)
 
 
 def _sums(table: Tensor, at: Tensor, values: Tensor, wanted: Tensor) -> Tensor:

@@ -72,13 +72,11 @@ def through_unit(
     )
 
 
-def total_of(*gradients: Tensor | None) -> Tensor | None:
-    """The sum of those that there are."""
-    total = None
-    for gradient in gradients:
-        if gradient is not None:
-            total = gradient if total is None else total + gradient
-    return total
+def total_of(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """The sum of two gradients, of which there may be one or none."""
+    if one is None or other is None:
+        return other if one is None else one
+    return one + other
 
 
 def through_gram(gradient: Tensor, vectors: Tensor, weights: Tensor | None = None) -> Tensor:

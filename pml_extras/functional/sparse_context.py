@@ -219,4 +219,4 @@ class Growing:
 def blocks(n: int, num_references: int, device: torch.device) -> Iterator[Tensor]:
     """The numbers of n samples, few enough at a time for their distances to all references."""
     found = parts(n, num_references, BLOCK)
-    return (torch.arange(rows.start, min(n, rows.stop), device=device) for rows in found)
+    return (torch.arange(rows.start, rows.stop, device=device) for rows in found)
