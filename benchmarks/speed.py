@@ -7,7 +7,8 @@
     python benchmarks/speed.py --render         # docs/speed.md and its plots
 
 The contenders of a case take turns, so that whatever slows the machine down slows all of them, in
-an order drawn anew each time, so that none always finds what another has left in the caches; the
+an order drawn anew each time, so that none always finds what another has left in the caches. What
+is short is repeated within its turn, so that it is not the caches' filling that is measured. The
 figures are medians, with the spread of the middle half. Memory is what a fresh process, which does
 nothing else, needs beyond what it had before the first call.
 """
@@ -43,6 +44,7 @@ from pml_extras.miners import ContextualSimilarityMiner
 from pml_extras.regularizers import ClassInterferenceRegularizer
 
 RESULTS = Path(__file__).parent / "results"
+TURN = 0.1  # seconds, at least
 Contenders = dict[str, Callable[[], Any]]
 
 
@@ -315,11 +317,14 @@ CASES: dict[str, tuple[str, Callable[[], Contenders], int]] = {
 
 
 def seconds(function: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    function()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+    """A call's, on average over a turn."""
+    calls, took, started = 0, 0.0, time.perf_counter()
+    while took < TURN:
+        function()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        calls, took = calls + 1, time.perf_counter() - started
+    return took / calls
 
 
 def measure(name: str) -> dict[str, Any]:
