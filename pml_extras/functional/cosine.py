@@ -82,16 +82,14 @@ def total_of(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 def through_gram(gradient: Tensor, vectors: Tensor, weights: Tensor | None = None) -> Tensor:
     """From the gradient with respect to all dot products, its rows times ``weights`` (N, 1), that
     with respect to the vectors."""
-    if len(vectors) > 16 * vectors.shape[1]:
+    if len(vectors) > 8 * vectors.shape[1]:
         # Two such thin products cost less than to make the sum below.
         if weights is None:
             return torch.addmm(gradient @ vectors, gradient.mT, vectors)
         return torch.addmm(weights * (gradient @ vectors), gradient.mT, weights * vectors)
-    if weights is not None:
-        gradient = weights * gradient
-    # To copy the transposed and add is quicker than to add the transposed.
-    total = gradient.mT.clone(memory_format=torch.contiguous_format).add_(gradient)
-    return total @ vectors
+    if weights is None:
+        return (gradient + gradient.mT) @ vectors
+    return torch.addcmul(weights * gradient, gradient.mT, weights.mT) @ vectors
 
 
 class _Unit(Function):
