@@ -273,12 +273,12 @@ CASES: dict[str, tuple[str, Callable[[], Contenders], int]] = {
     "contextual-32768": ("ContextualLoss, N=32,768, D=128", lambda: contextual_large(32768), 1),
     **{
         f"centers-{c}": (f"Center loss, C={c:,}, N=512, D=128", lambda c=c: centers(c), turns)
-        for c, turns in ((100, 31), (1000, 15), (10_000, 7), (100_000, 5))
+        for c, turns in ((100, 31), (1000, 15), (10_000, 15), (100_000, 9))
     },
     "center-updates": (
         'Center loss, "average", C=100,000, a step',
         lambda: center_updates(100_000),
-        5,
+        15,
     ),
     "center-million": ("Center loss, C=1,000,000, with Adam", lambda: centers_large(1_000_000), 2),
     "center-ten-million-averaged": (

@@ -25,8 +25,10 @@ def render(results: Path) -> None:
         "pml_extras is ahead. A step is forward and backward. *Plain* is the formula written down",
         "plainly, as research code has it (`benchmarks/reference.py`). *Spread* is how far apart",
         "the quarter points of our times are, relative to their median; memory is what is needed",
-        "beyond the inputs. *Compiled* is ours by `torch.compile`. The machine was busier in some",
-        "rows than in others: milliseconds compare within a row.",
+        "beyond the inputs. *Compiled* is ours by `torch.compile`. A short step is repeated for",
+        "a tenth of a second in each turn: a single one after other work takes longer, for cold",
+        "caches. The machine was busier in some rows than in others: milliseconds compare within",
+        "a row.",
     ]
     for stem, run in runs.items():
         lines += ["", f"## {run['machine']}", "", run["versions"], ""]
