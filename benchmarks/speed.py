@@ -257,7 +257,7 @@ ON_GPU_ONLY = {
 CASES: dict[str, tuple[str, Callable[[], Contenders], int]] = {
     **{
         f"contextual-{n}": (f"Contextual term, N={n}, D=512", lambda n=n: contextual(n), turns)
-        for n, turns in ((128, 31), (512, 11), (1024, 5), (2048, 3), (4096, 1))
+        for n, turns in ((128, 31), (512, 11), (1024, 15), (2048, 9), (4096, 3))
     },
     "contextual-dense-512": (
         "Contextual term, N=512, all samples neighbours",
