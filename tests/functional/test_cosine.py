@@ -25,7 +25,7 @@ def test_unit_rows_are_those_of_torch_with_their_gradients():
     assert torch.equal(results[0][1][2], results[1][1][2])
 
 
-@pytest.mark.parametrize("shape", [(4, 3), (33, 2)])  # the products' backward has two ways
+@pytest.mark.parametrize("shape", [(4, 3), (8, 2), (33, 2)])  # the products' backward has two ways
 def test_derivatives(shape):
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     for function in (unit_rows, gram, pairwise_cosine):

@@ -51,7 +51,7 @@ def test_gradient_is_the_closed_form():
     assert torch.allclose(actual, expected, atol=1e-14)
 
 
-@pytest.mark.parametrize("shape", [(6, 3), (33, 2)])  # the products' backward has two ways
+@pytest.mark.parametrize("shape", [(6, 3), (8, 2), (33, 2)])  # the products' backward has two ways
 @pytest.mark.parametrize("include_self", [True, False])
 def test_derivatives(shape, include_self):
     student = torch.randn(shape, dtype=torch.float64, requires_grad=True)
