@@ -129,7 +129,7 @@ def optimized(loss: torch.nn.Module, x: torch.Tensor, labels: torch.Tensor) -> C
 
 
 def averaged(x: torch.Tensor, labels: torch.Tensor, num_classes: int) -> Callable[[], None]:
-    loss = CenterContrastiveLoss(num_classes, x.shape[1], center_update="average").to(DEVICE)
+    loss = CenterContrastiveLoss(num_classes, x.shape[1], center_update="ema").to(DEVICE)
     loss.class_counts += 1
     with torch.no_grad():
         loss.centers.normal_()
@@ -276,13 +276,13 @@ CASES: dict[str, tuple[str, Callable[[], Contenders], int]] = {
         for c, turns in ((100, 31), (1000, 15), (10_000, 15), (100_000, 9))
     },
     "center-updates": (
-        'Center loss, "average", C=100,000, a step',
+        'Center loss, "ema", C=100,000, a step',
         lambda: center_updates(100_000),
         15,
     ),
     "center-million": ("Center loss, C=1,000,000, with Adam", lambda: centers_large(1_000_000), 2),
     "center-ten-million-averaged": (
-        'Center loss, "average", C=10,000,000, a step',
+        'Center loss, "ema", C=10,000,000, a step',
         lambda: centers_averaged(10_000_000),
         2,
     ),

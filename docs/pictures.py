@@ -159,10 +159,10 @@ def contextual_knn() -> Figure:
     labels = torch.arange(80) // 40
     # Angles on a large sphere are distances on a plane.
     embeddings = normalize(torch.cat([x / 50, torch.ones(80, 1)], 1)).double()
-    graph = f.reference_graph(embeddings, 8)
+    graph = f.build_reference_index(embeddings, 8)
     plain = (-f.pairwise_cosine(embeddings)).argsort()[:, 1:11]
     own = torch.arange(80)
-    _, ranked = f.contextual_neighbors(embeddings, graph, 11, 60, 0.1, own)
+    _, ranked = f.contextual_rerank(embeddings, graph, 11, 60, 0.1, own)
     ranked = ranked[:, 1:]
     # The query that gains most.
     gain = (labels[ranked] == labels[:, None]).sum(1) - (labels[plain] == labels[:, None]).sum(1)

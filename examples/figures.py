@@ -20,7 +20,7 @@ from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from pml_extras.inference import LabelTrust
+from pml_extras.label_noise import LabelNoiseDetector
 
 RIGHT, WRONG, INK, MUTED = "#2a9d4a", "#d1343f", "#222222", "#777777"
 METRICS = {
@@ -106,13 +106,18 @@ def retrieval_board(
         plt.close(figure)
 
 
-def label_board(path: Path, images: Images, trust: LabelTrust, rows: int = 8, k: int = 5) -> None:
+def label_board(
+    path: Path, images: Images, trust: LabelNoiseDetector, rows: int = 8, k: int = 5
+) -> None:
     """The most distrusted images, each with images of the class that its label says, and of the one
     that its neighbours say."""
-    suspects = trust.distrusted()[:rows].tolist()
-    order = trust.support.argsort(descending=True)  # the surest of each class first
+    suspects = trust.find_label_issues()[:rows].tolist()
+    order = trust.scores.argsort(descending=True)  # the surest of each class first
     told = trust.labels[order]
-    blocks = [(1.4, "as labelled", trust.labels), (1.8 + k, "as the neighbours say", trust.winner)]
+    blocks = [
+        (1.4, "as labelled", trust.labels),
+        (1.8 + k, "as the neighbours say", trust.suggested_labels),
+    ]
     width = 1.8 + 2 * k
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(0.8 * width, 0.8 * (1.25 * len(suspects) + 1.1)))

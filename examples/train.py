@@ -60,7 +60,7 @@ from torch import Tensor, nn
 
 import pml_extras
 from pml_extras.distillation import EMATeacher, SelfDistillation, SnapshotTeacher
-from pml_extras.inference import LabelTrust
+from pml_extras.label_noise import LabelNoiseDetector
 from pml_extras.losses import CenterContrastiveLoss, ContextualLoss
 from pml_extras.miners import ContextualSimilarityMiner
 from pml_extras.regularizers import ClassInterferenceRegularizer
@@ -71,9 +71,7 @@ cosine = CosineSimilarity
 LOSSES: dict[str, Callable[[int, int, int], nn.Module]] = {
     "contextual": lambda c, d, m: ContextualLoss(num_neighbors=m),
     "center_contrastive": lambda c, d, m: CenterContrastiveLoss(c, d),
-    "center_contrastive_average": lambda c, d, m: CenterContrastiveLoss(
-        c, d, center_update="average"
-    ),
+    "center_contrastive_average": lambda c, d, m: CenterContrastiveLoss(c, d, center_update="ema"),
     "contrastive": lambda c, d, m: losses.ContrastiveLoss(1.0, 0.5, distance=cosine()),
     "triplet": lambda c, d, m: losses.TripletMarginLoss(0.2, distance=cosine()),
     "multi_similarity": lambda c, d, m: losses.MultiSimilarityLoss(),
@@ -122,7 +120,7 @@ def run(args: argparse.Namespace) -> None:
     train_set = replace(train_set, flip=data.mirrored)
     true_labels = train_set.labels
     train_set = datasets.with_label_noise(train_set, args.label_noise, args.seed)
-    trust = LabelTrust(train_set.labels) if args.check_labels else None
+    trust = LabelNoiseDetector(train_set.labels) if args.check_labels else None
     batch_size, samples_per_class = pick_batch(args, train_set)
     config = {**describe(args), "batch_size": batch_size, "samples_per_class": samples_per_class}
     saved = checkpoint.load(out / "checkpoint.pt") if resuming else None
@@ -292,7 +290,7 @@ def run(args: argparse.Namespace) -> None:
     figures.embedding_map(pictures["map"], *views)
     if trust:
         files = None if isinstance(train_set.source, Tensor) else list(map(str, train_set.source))
-        trust.write_csv(out / "labels.csv", train_set.names, files)
+        trust.to_csv(out / "labels.csv", class_names=train_set.names, sample_names=files)
         pictures["labels"] = out / "labels.png"
         figures.label_board(pictures["labels"], train_set, trust)
     results = {
@@ -339,18 +337,18 @@ def measure(
     return {key: accuracy[key] for key in figures.METRICS}, embeddings.cpu()
 
 
-def leave_out(sampler: MPerClassSampler, trust: LabelTrust) -> None:
+def leave_out(sampler: MPerClassSampler, trust: LabelNoiseDetector) -> None:
     """Draw no more images whose labels are distrusted, but of classes that have no others."""
-    trusted = trust.support.numpy() >= 1
+    trusted = trust.scores.numpy() >= 1
     for label, images in get_labels_to_indices(trust.labels).items():
         kept = images[trusted[images]]
         sampler.labels_to_indices[label] = kept if len(kept) else images
 
 
-def judge(trust: LabelTrust, true_labels: list[int]) -> dict[str, float]:
+def judge(trust: LabelNoiseDetector, true_labels: list[int]) -> dict[str, float]:
     """How well the distrusted labels are the wrong ones."""
     wrong = trust.labels != torch.tensor(true_labels)
-    suspected = wrong[trust.distrusted()]
+    suspected = wrong[trust.find_label_issues()]
     found = int(suspected.sum())
     return {
         "distrusted": len(suspected),

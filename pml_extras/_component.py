@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 import torch
 
 
-class ShowsSettings:
-    """Mix-in for PML components: ``settings`` names the attributes that are settings."""
+class HyperparametersMixin:
+    """Mix-in for PML components: ``hyperparameters`` names the attributes to show."""
 
-    settings: ClassVar[tuple[str, ...]]
+    hyperparameters: ClassVar[tuple[str, ...]]
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self.settings)
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self.hyperparameters)
 
 
 def require(condition: bool, name: str, wanted: str, value: Any) -> None:

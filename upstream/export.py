@@ -30,6 +30,7 @@ PLACES = {
     "miners": "miners",
     "distillation": "distillation",
     "inference": "evaluation",
+    "label_noise": "evaluation",
 }
 # Subclasses of PML's wrappers, which can be edited there instead, and what our bug reports need.
 LEFT_OUT = {"losses.wrappers", "__main__"}

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How well `LabelTrust` finds wrong labels while a network is trained on them.
+"""How well `LabelNoiseDetector` finds wrong labels while a network is trained on them.
 
     python -m benchmarks.evidence.labels --jobs 2
 
@@ -22,7 +22,7 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 from pml_extras.functional import label_vote, pairwise_cosine
-from pml_extras.inference import LabelTrust
+from pml_extras.label_noise import LabelNoiseDetector
 
 from . import training
 from .data import ROOT, load_training
@@ -33,7 +33,7 @@ from .run import RESULTS, Trained, Where, train, workers
 CONDITIONS = ("clean", "noise10", "noise30", "noise50")
 METHOD = "ntxent"
 SEEDS = 5
-NEIGHBORS = 40  # as LabelTrust has it
+NEIGHBORS = 40  # as LabelNoiseDetector has it
 
 
 def measure(preset: Preset, cell: Cell, setting: Setting, seed: int, root: Path) -> Record:
@@ -41,19 +41,21 @@ def measure(preset: Preset, cell: Cell, setting: Setting, seed: int, root: Path)
     where = Where(root, cache=Path())  # from scratch there is nothing to keep
     given = load_training(cell.dataset, cell.start, cell.condition, seed, root)
     images, device = given.images, torch.device(where.device)
-    trust = LabelTrust(images.labels, NEIGHBORS)
+    trust = LabelNoiseDetector(images.labels, num_neighbors=NEIGHBORS)
     plain = torch.zeros(len(images))
 
     def look(epoch: int, loss: float | None, trained: Trained) -> None:
         if epoch > 0:
             embeddings = training.embed(trained.network, images, device)
-            trust.look(embeddings)
+            trust.update(embeddings)
             plain.add_(share_of_nearest(embeddings, trust.labels))
 
     network = train(preset, cell, setting, seed, given, where, look).network
-    last = label_vote(training.embed(network, images, device), trust.labels, NEIGHBORS).support
+    last = label_vote(
+        training.embed(network, images, device), trust.labels, num_neighbors=NEIGHBORS
+    ).vote_lift
     wrong = np.array(images.labels) != np.array(given.true_labels)
-    distrusted = (trust.support < 1).numpy()
+    distrusted = (trust.scores < 1).numpy()
     found: Record = {
         **cell._asdict(),
         "seed": seed,
@@ -67,7 +69,7 @@ def measure(preset: Preset, cell: Cell, setting: Setting, seed: int, root: Path)
         found |= {
             "precision": float(wrong[distrusted].mean()) if distrusted.any() else 0.0,
             "recall": float(distrusted[wrong].mean()),
-            "average_precision": average_precision_score(wrong, -trust.support.numpy()),
+            "average_precision": average_precision_score(wrong, -trust.scores.numpy()),
             "last_look": average_precision_score(wrong, -last.numpy()),
             "plain_neighbours": average_precision_score(wrong, -plain.numpy()),
         }
@@ -75,8 +77,7 @@ def measure(preset: Preset, cell: Cell, setting: Setting, seed: int, root: Path)
 
 
 def share_of_nearest(embeddings: Tensor, labels: Tensor) -> Tensor:
-    """What `LabelTrust` is to be better than: the share of the nearest neighbours with the same
-    label."""
+    """The baseline: the fraction of the nearest neighbors with the same label."""
     shares = []
     for rows in torch.arange(len(labels)).split(512):
         similarities = pairwise_cosine(embeddings[rows], embeddings)

@@ -66,7 +66,7 @@ class Method:
     build: Callable[[Setting, Sizes], Parts]
     square_batches: bool = False  # as many classes as samples of a class
     random_batches: bool = False  # drawn as the images come, not some of each class
-    cleaned: bool = False  # after each epoch, leave out what `LabelTrust` distrusts
+    cleaned: bool = False  # after each epoch, leave out what `LabelNoiseDetector` distrusts
     tuned_as: str | None = None  # the method whose trials choose the setting, if not its own
     settings: Setting = field(default_factory=dict)  # what is fixed rather than searched
 
@@ -162,13 +162,15 @@ MINERS: dict[str, tuple[str, Space, Callable[[Setting, Sizes], nn.Module]]] = {
     "context_miner": (
         "ContextualSimilarityMiner",
         {"context_margin": uniform(0, 0.4)},
-        lambda s, n: ContextualSimilarityMiner(n.per_class, s["context_margin"]),
+        lambda s, n: ContextualSimilarityMiner(
+            num_neighbors=n.per_class, margin=s["context_margin"]
+        ),
     ),
     "unfiltered_miner": (
         "ContextualSimilarityMiner(filter_noise=False)",
         {"context_margin": uniform(0, 0.4)},
         lambda s, n: ContextualSimilarityMiner(
-            n.per_class, s["context_margin"], filter_noise=False
+            num_neighbors=n.per_class, margin=s["context_margin"], filter_noise=False
         ),
     ),
 }
@@ -264,7 +266,11 @@ OURS = {
         PROXY_LR | CENTERS,
         lambda s, n: Parts(
             CenterContrastiveLoss(
-                n.classes, n.embedding, s["scale"], s["margin"], s["center_weight"]
+                n.classes,
+                n.embedding,
+                scale=s["scale"],
+                margin=s["margin"],
+                center_weight=s["center_weight"],
             )
         ),
     ),
@@ -275,10 +281,10 @@ OURS = {
             CenterContrastiveLoss(
                 n.classes,
                 n.embedding,
-                s["scale"],
-                s["margin"],
-                s["center_weight"],
-                center_update="average",
+                scale=s["scale"],
+                margin=s["margin"],
+                center_weight=s["center_weight"],
+                center_update="ema",
                 momentum=s["momentum"],
             )
         ),
@@ -356,7 +362,7 @@ METHODS: dict[str, Method] = {
     **{f"{name}_square": squared((BASELINES | OURS)[name]) for name in SQUARED},
     # These need no two images of a class, so a batch may show as many classes as it has images.
     **{f"{name}_random": at_random((BASELINES | OURS)[name]) for name in PROXY_BASED},
-    # What `LabelTrust` is worth while training.
+    # What `LabelNoiseDetector` is worth while training.
     **{f"{name}_cleaned": cleaned(name) for name in ("supcon", "ntxent", "smooth_ap")},
     # Classification.
     "softmax": SOFTMAX,
@@ -417,8 +423,8 @@ def assemble(
             parts.loss,
             teacher,
             num_epochs,
-            setting["alpha_lsd"],
-            setting.get("temperature_lsd", 1.0),
+            alpha=setting["alpha_lsd"],
+            temperature=setting.get("temperature_lsd", 1.0),
         )
     return parts
 

@@ -647,7 +647,7 @@ def render(preset_name: str, records: list[Record], docs: Path, results: Path = 
         " 8 classes with 8 images of each, as SmoothAP has them above, because PML's is right for"
         " no others. MAP@R.\n\n" + page.batches(),
         "## Leaving out distrusted labels\n\nAfter each epoch the batches are drawn from the images"
-        " whose labels `LabelTrust` does not distrust. MAP@R.\n\n" + page.cleaned(),
+        " whose labels `LabelNoiseDetector` does not distrust. MAP@R.\n\n" + page.cleaned(),
         "## Long-tailed classes\n\nOmniglot's training alphabets keep from all to a twentieth of"
         " their images, in batches drawn as the images come. MAP@R on unseen classes of the same"
         " alphabets; the rare ones are the third with the fewest images.\n\n" + page.long_tail(),
@@ -671,7 +671,8 @@ def render(preset_name: str, records: list[Record], docs: Path, results: Path = 
         " within the contextual loss's slack of 0.05. *Turn*: 1 less the cosine between a center"
         " before and after the epoch. *Entropy*: of the teacher's softmax, as a share of the"
         " uniform one's.\n\n" + page.mechanisms(),
-        f"## Distrusted labels\n\nWhat `LabelTrust` finds while {METHODS[labels.METHOD].label}"
+        f"## Distrusted labels\n\nWhat `LabelNoiseDetector` finds while"
+        f" {METHODS[labels.METHOD].label}"
         " trains on the labels, with a look after each epoch: a label is distrusted if its class"
         " gets less of the vote than chance would give it. Average"
         " precision is that of the order of all images by their support, for finding the wrong"

@@ -39,7 +39,7 @@ from torch import nn
 from tqdm import tqdm
 
 import pml_extras
-from pml_extras.inference import LabelTrust
+from pml_extras.label_noise import LabelNoiseDetector
 
 from . import protocol, training
 from .data import ROOT, Batches, Training, load_test, load_training
@@ -132,13 +132,13 @@ def train(
     parts.loss.to(device)
     by_class = cell.drawn_by_class and not method.random_batches
     batches = Batches(images, sizes, by_class, budget.steps, device)
-    trust = LabelTrust(images.labels)
+    trust = LabelNoiseDetector(images.labels)
     trained = Trained(network, parts, sizes, {})
     after_epoch(0, None, trained)
 
     def look_then(epoch: int, loss: float) -> None:
         if method.cleaned and epoch < budget.epochs:
-            distrusted = trust.look(training.embed(network, images, device)).distrusted()
+            distrusted = trust.update(training.embed(network, images, device)).find_label_issues()
             batches.leave_out(distrusted.tolist())
         after_epoch(epoch, loss, trained)
 

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from pml_extras.distillation import SelfDistillation
 from pml_extras.functional import (
-    class_vote,
     contextual_similarity,
     pairwise_cosine,
+    weighted_label_vote,
 )
 from pml_extras.functional.contextual_similarity import neighborhood_mask
 from pml_extras.inference import ContextualKNN
@@ -188,10 +188,11 @@ RERANKING = [5, 10, 20]  # neighbours; the validation classes choose
 def reranked(validation: tuple[Tensor, Sequence[int]], test: tuple[Tensor, Sequence[int]]) -> Any:
     """MAP@R and precision@1 with contextual re-ranking, and the number of neighbours chosen."""
     on_validation = {
-        k: retrieval(*validation, ContextualKNN(k), ["map_at_r"])["map_at_r"] for k in RERANKING
+        k: retrieval(*validation, ContextualKNN(num_neighbors=k), ["map_at_r"])["map_at_r"]
+        for k in RERANKING
     }
     k = max(RERANKING, key=on_validation.__getitem__)
-    scores = retrieval(*test, ContextualKNN(k), ["map_at_r", "precision_at_1"])
+    scores = retrieval(*test, ContextualKNN(num_neighbors=k), ["map_at_r", "precision_at_1"])
     return {f"reranked_{name}": value for name, value in scores.items()} | {"reranked_k": k}
 
 
@@ -255,7 +256,9 @@ class Probes:
         nearest = similarities.masked_fill(itself, -1).topk(k - 1).indices
         purity = (self.true[nearest] == self.true[:, None]).double().mean(1)
         context = contextual_similarity(similarities, k, 0.0)
-        trusted = class_vote(context, self.labels, self.labels, itself).trusted
+        trusted = weighted_label_vote(
+            context.masked_fill(itself, 0), self.labels, self.labels
+        ).is_plurality
         found = {
             "mean_cosine": mean_of(similarities[~itself]),
             "neighborhood_size": mean_of(near.sum(1)),

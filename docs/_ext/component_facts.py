@@ -18,14 +18,14 @@ SHOWN = {
         "weights_samples",
         "needs_labels",
         "takes_references",
-        "goes_in_memories",
+        "supports_cross_batch_memory",
         "goes_in_distributed_wrapper",
         "cosine_only",
         "regularizes_weights",
-        "waits_for_the_device",
+        "syncs_device",
     ),
-    "miner": ("needs_labels", "takes_references", "cosine_only", "waits_for_the_device"),
-    "regularizer": ("needs_labels", "waits_for_the_device"),
+    "miner": ("needs_labels", "takes_references", "cosine_only", "syncs_device"),
+    "regularizer": ("needs_labels", "syncs_device"),
     "knn_func": (),
 }
 

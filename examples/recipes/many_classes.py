@@ -20,7 +20,7 @@ def main(classes: int = 100_000, steps: int = 5, embedding_size: int = 64) -> li
     model = torch.nn.Linear(16, embedding_size)
     # Averaged centers need neither gradients nor an optimizer's state: a quarter of the
     # memory that Adam needs for as many, and no time for either.
-    loss_func = CenterContrastiveLoss(classes, embedding_size, center_update="average")
+    loss_func = CenterContrastiveLoss(classes, embedding_size, center_update="ema")
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     prototypes = torch.randn(classes, 16)
     losses = []

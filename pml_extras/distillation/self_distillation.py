@@ -11,12 +11,12 @@ from pytorch_metric_learning.losses import BaseLossWrapper
 from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import Tensor
 
-from .._component import ShowsSettings, check_count, require
+from .._component import HyperparametersMixin, check_count, require
 from ..losses import ListwiseDistillationLoss
 from .teacher import Teacher
 
 
-class SelfDistillation(ShowsSettings, BaseLossWrapper, ModuleWithRecords):
+class SelfDistillation(HyperparametersMixin, BaseLossWrapper, ModuleWithRecords):
     r"""Any loss, plus what the network knew of similarities an epoch ago.
 
     .. math:: L = L_\mathrm{loss} + \frac{t}{T}\,\alpha\,L_\mathrm{distillation}
@@ -62,13 +62,14 @@ class SelfDistillation(ShowsSettings, BaseLossWrapper, ModuleWithRecords):
         ...     loss_func.end_epoch()
     """
 
-    settings = ("num_epochs", "alpha", "temperature")
+    hyperparameters = ("num_epochs", "alpha", "temperature")
 
     def __init__(
         self,
         loss: torch.nn.Module,
         teacher: Teacher,
         num_epochs: int,
+        *,
         alpha: float = 50.0,
         temperature: float = 1.0,
         **kwargs: Any,
@@ -77,13 +78,13 @@ class SelfDistillation(ShowsSettings, BaseLossWrapper, ModuleWithRecords):
         require(0 <= alpha < math.inf, "alpha", "lie in [0, inf)", alpha)
         super().__init__(loss=loss, **kwargs)
         self.loss = loss
-        self.distillation = ListwiseDistillationLoss(temperature)
+        self.distillation = ListwiseDistillationLoss(temperature=temperature)
         self.teacher = teacher
         self.num_epochs = num_epochs
         self.alpha = alpha
         self.temperature = temperature
         self.epoch = 0
-        self.add_to_recordable_attributes(list_of_names=list(self.settings))
+        self.add_to_recordable_attributes(list_of_names=list(self.hyperparameters))
         self.add_to_recordable_attributes(
             list_of_names=["base_loss", "distillation_loss", "distillation_weight"], is_stat=True
         )

@@ -176,7 +176,11 @@ class EMATeacher(Teacher):
     """
 
     def __init__(
-        self, trunk: torch.nn.Module, embedder: torch.nn.Module | None = None, decay: float = 0.999
+        self,
+        trunk: torch.nn.Module,
+        embedder: torch.nn.Module | None = None,
+        *,
+        decay: float = 0.999,
     ) -> None:
         require(0 <= decay < 1, "decay", "lie in [0, 1)", decay)
         super().__init__(trunk, embedder)

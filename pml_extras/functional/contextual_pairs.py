@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._label_noise import WeightedLabelVote, weighted_label_vote
 from ._precision import full_precision
 from .contextual_similarity import contextual_similarity_from_distances
 from .copies import row_fingerprints
 from .cosine import pairwise_cosine
-from .label_vote import ClassVote, class_vote
 from .sparse_context import Growing, blocks, context_rows
 
 # A positive pair this similar in context is kept whatever the labels around it say.
@@ -33,7 +33,7 @@ def contextual_pairs(
     r"""Positive and negative pairs that are hard by context and probably labelled right.
 
     With S the contextual similarity (slack 0, so that only the order of the distances counts) and
-    v the share of a sample's own class in its :func:`class_vote`:
+    v the share of a sample's own class in its :func:`weighted_label_vote`:
 
     - a positive pair is kept if both samples are trusted, or if :math:`S_{ij} > 0.25`;
     - a negative pair is kept unless :math:`S_{ij} > \min(v_i, v_j)`;
@@ -112,18 +112,18 @@ def contextual_pairs(
         votes = []
         for rows in parts:
             pairs = look(rows)
-            votes.append(class_vote(pairs.context, labels[rows], ref_labels, ~pairs.usable))
-        vote = ref_vote = ClassVote(*(torch.cat(part) for part in zip(*votes, strict=True)))
+            weights = pairs.context.masked_fill(~pairs.usable, 0)
+            votes.append(weighted_label_vote(weights, labels[rows], ref_labels))
+        vote = ref_vote = WeightedLabelVote(*(torch.cat(part) for part in zip(*votes, strict=True)))
         if ref_context is not None:
-            itself = torch.eye(len(ref_emb), dtype=torch.bool, device=ref_emb.device)
-            ref_vote = class_vote(ref_context, ref_labels, ref_labels, itself)
+            ref_vote = weighted_label_vote(ref_context.fill_diagonal_(0), ref_labels, ref_labels)
     else:
         vote, ref_vote = _full_trust(embeddings), _full_trust(ref_emb)
 
     r = len(ref_emb)
     positives, negatives = (Growing(4 * len(embeddings), embeddings.device) for _ in range(2))
     for rows in parts:
-        of_rows = ClassVote(*(part[rows] for part in vote))
+        of_rows = WeightedLabelVote(*(part[rows] for part in vote))
         kinds = _hard_and_likely(look(rows), of_rows, ref_vote, margin)
         for found, hard in zip((positives, negatives), kinds, strict=True):
             found.append(hard.view(-1).nonzero().squeeze(1) + rows[0] * r)
@@ -141,21 +141,21 @@ class Pairs(NamedTuple):
     """Bool: both are finite, and they are not the same sample."""
 
 
-def _full_trust(samples: Tensor) -> ClassVote:
+def _full_trust(samples: Tensor) -> WeightedLabelVote:
     share = samples.new_full((len(samples),), float("inf"))
-    return ClassVote(share, torch.ones_like(share, dtype=torch.bool))
+    return WeightedLabelVote(share, torch.ones_like(share, dtype=torch.bool))
 
 
 def _hard_and_likely(
-    pairs: Pairs, vote: ClassVote, ref_vote: ClassVote, margin: float
+    pairs: Pairs, vote: WeightedLabelVote, ref_vote: WeightedLabelVote, margin: float
 ) -> tuple[Tensor, Tensor]:
     """(B, R) bool, twice: the positive and the negative pairs to keep."""
     distances, context, same_class, usable = pairs
-    both_trusted = vote.trusted[:, None] & ref_vote.trusted
+    both_trusted = vote.is_plurality[:, None] & ref_vote.is_plurality
     likely = torch.where(
         same_class,
         both_trusted | (context > SURE_POSITIVE),
-        context <= torch.minimum(vote.share[:, None], ref_vote.share),
+        context <= torch.minimum(vote.vote_fraction[:, None], ref_vote.vote_fraction),
     )
     left_without = ~(usable & likely).any(1, keepdim=True)
     kept = usable & (likely | left_without)

@@ -1,6 +1,5 @@
-"""Inference, used as PML's own, and what embeddings tell of their labels."""
+"""Nearest-neighbor search at test time, called as PML's own."""
 
 from .contextual_knn import ContextualKNN
-from .label_trust import LabelTrust
 
-__all__ = ["ContextualKNN", "LabelTrust"]
+__all__ = ["ContextualKNN"]

@@ -9,7 +9,7 @@ from pytorch_metric_learning.utils.inference import return_results
 from torch import Tensor
 
 from .._component import check_count, check_embeddings, check_finite, require
-from ..functional import ReferenceGraph, contextual_neighbors, reference_graph
+from ..functional import ReferenceIndex, build_reference_index, contextual_rerank
 
 
 class ContextualKNN:
@@ -21,7 +21,7 @@ class ContextualKNN:
     .. math:: d_{qr} = (1 - w)\,(1 - S_{qr}) + w\,\tfrac12(1 - \cos_{qr})
 
     with S the contextual similarity: how far query and reference share neighbours. See
-    :func:`pml_extras.functional.contextual_neighbors`. Time and memory grow with queries x
+    :func:`pml_extras.functional.contextual_rerank`. Time and memory grow with queries x
     candidates, beside the search itself; faiss is used where it is installed.
 
     Args:
@@ -50,7 +50,11 @@ class ContextualKNN:
     """
 
     def __init__(
-        self, num_neighbors: int = 20, num_candidates: int = 100, distance_weight: float = 0.3
+        self,
+        *,
+        num_neighbors: int = 20,
+        num_candidates: int = 100,
+        distance_weight: float = 0.3,
     ) -> None:
         check_count("num_neighbors", num_neighbors)
         check_count("num_candidates", num_candidates)
@@ -58,7 +62,7 @@ class ContextualKNN:
         self.num_neighbors = num_neighbors
         self.num_candidates = num_candidates
         self.distance_weight = distance_weight
-        self.graph: ReferenceGraph | None = None
+        self.graph: ReferenceIndex | None = None
 
     def __call__(
         self,
@@ -86,15 +90,15 @@ class ContextualKNN:
             check_finite(reference=reference)
             are_queries = ref_includes_query and len(query) == len(reference)
             num_candidates = max(k, self.num_candidates) if are_queries else 0
-            graph = reference_graph(reference, self.num_neighbors, num_candidates)
+            graph = build_reference_index(reference, self.num_neighbors, num_candidates)
         elif graph is None:
             raise ValueError("there are no references: give some, or call train first")
         elif graph.embeddings.device != query.device:
-            graph = self.graph = ReferenceGraph(*(x.to(query.device) for x in graph))
+            graph = self.graph = ReferenceIndex(*(x.to(query.device) for x in graph))
         check_embeddings(query, graph.embeddings.shape[1], name="query")
         check_finite(query=query)
         own = torch.arange(len(query), device=query.device) if ref_includes_query else None
-        distances, indices = contextual_neighbors(
+        distances, indices = contextual_rerank(
             query, graph, k, self.num_candidates, self.distance_weight, own
         )
         return return_results(distances, indices, ref_includes_query)
@@ -103,7 +107,7 @@ class ContextualKNN:
         """Take these references, (R, D), instead of those before."""
         check_embeddings(embeddings)
         check_finite(embeddings=embeddings)
-        self.graph = reference_graph(embeddings, self.num_neighbors)
+        self.graph = build_reference_index(embeddings, self.num_neighbors)
 
     def add(self, embeddings: Tensor) -> None:
         """Take these references, (R, D), too."""
@@ -118,7 +122,7 @@ class ContextualKNN:
 
     def load(self, filename: str | Path) -> None:
         """Read what :meth:`save` wrote, on whatever device; the next query says on which to be."""
-        self.graph = ReferenceGraph(**torch.load(filename, map_location="cpu", weights_only=True))
+        self.graph = ReferenceIndex(**torch.load(filename, map_location="cpu", weights_only=True))
 
     def reset(self) -> None:
         """Forget the references."""

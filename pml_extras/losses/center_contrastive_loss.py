@@ -13,8 +13,8 @@ from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
 from .._component import (
+    HyperparametersMixin,
     OptimizerReminder,
-    ShowsSettings,
     check_class_labels,
     check_count,
     check_embeddings,
@@ -24,7 +24,7 @@ from .._distributed import joined_batch
 from ..functional import center_contrastive_loss, moving_class_means, pairwise_cosine
 
 
-class CenterContrastiveLoss(ShowsSettings, WeightRegularizerMixin, BaseMetricLossFunction):
+class CenterContrastiveLoss(HyperparametersMixin, WeightRegularizerMixin, BaseMetricLossFunction):
     r"""Contrasts each embedding with one center a class, and pulls it to its own.
 
     .. math:: \ell_i = -\log\frac{e^{s(\cos_{iy_i} - m)}}
@@ -40,7 +40,7 @@ class CenterContrastiveLoss(ShowsSettings, WeightRegularizerMixin, BaseMetricLos
       decay only shrinks them and speeds their turning up. Under PML's DistributedLossWrapper their
       gradient comes out multiplied by the number of processes, as that of all PML's proxies: divide
       the learning rate of an optimizer that is not scale-free.
-    - ``center_update="average"``: ``centers`` is a buffer, and before each comparison a class's
+    - ``center_update="ema"``: ``centers`` is a buffer, and before each comparison a class's
       center becomes the normalised moving average of its embeddings. No optimizer is needed. A
       class takes part once it has been seen. In eval mode the bank stands still. Under
       torch.distributed the averages are over the batches of all processes, any of which may be
@@ -53,8 +53,8 @@ class CenterContrastiveLoss(ShowsSettings, WeightRegularizerMixin, BaseMetricLos
         scale: s > 0, the inverse temperature.
         margin: m >= 0, in units of cosine similarity.
         center_weight: :math:`\lambda` >= 0.
-        center_update: "gradient" or "average".
-        momentum: in [0, 1], how much of a center "average" mode keeps at each batch of its class.
+        center_update: "gradient" or "ema".
+        momentum: in [0, 1], how much of a center "ema" mode keeps at each batch of its class.
         label_smoothing: in [0, 1), the share of the target that goes to all classes alike.
         **kwargs: PML's ``reducer``, ``embedding_regularizer``, ``weight_regularizer`` (on the
             centers, "gradient" mode only), ``weight_init_func``, ``collect_stats``. For class
@@ -62,7 +62,7 @@ class CenterContrastiveLoss(ShowsSettings, WeightRegularizerMixin, BaseMetricLos
 
     Attributes:
         centers: (C, D), of any length; only their directions count.
-        class_counts: (C,) int64, in "average" mode: how many embeddings each class has had.
+        class_counts: (C,) int64, in "ema" mode: how many embeddings each class has had.
 
     Default distance: ``CosineSimilarity()``, the only one. Default reducer: ``MeanReducer``.
     Reducer input: **loss**, an element a sample. Tuples from a miner weight the samples. Statistics
@@ -88,7 +88,7 @@ class CenterContrastiveLoss(ShowsSettings, WeightRegularizerMixin, BaseMetricLos
         >>> optimizer.step()
     """
 
-    settings = (
+    hyperparameters = (
         "num_classes",
         "embedding_size",
         "scale",
@@ -106,6 +106,7 @@ class CenterContrastiveLoss(ShowsSettings, WeightRegularizerMixin, BaseMetricLos
         self,
         num_classes: int,
         embedding_size: int,
+        *,
         scale: float = 16.0,
         margin: float = 0.2,
         center_weight: float = 1.5,
@@ -122,9 +123,9 @@ class CenterContrastiveLoss(ShowsSettings, WeightRegularizerMixin, BaseMetricLos
         require(0 <= momentum <= 1, "momentum", "lie in [0, 1]", momentum)
         require(0 <= label_smoothing < 1, "label_smoothing", "lie in [0, 1)", label_smoothing)
         require(
-            center_update in ("gradient", "average"),
+            center_update in ("gradient", "ema"),
             "center_update",
-            'be "gradient" or "average"',
+            'be "gradient" or "ema"',
             center_update,
         )
         super().__init__(**kwargs)
@@ -137,16 +138,16 @@ class CenterContrastiveLoss(ShowsSettings, WeightRegularizerMixin, BaseMetricLos
         self.center_update = center_update
         self.momentum = momentum
         self.label_smoothing = label_smoothing
-        self.add_to_recordable_attributes(list_of_names=list(self.settings))
+        self.add_to_recordable_attributes(list_of_names=list(self.hyperparameters))
         self.add_to_recordable_attributes(
             list_of_names=["avg_center_similarity", "center_accuracy"], is_stat=True
         )
-        if center_update == "average" and self.weight_regularizer is not None:
+        if center_update == "ema" and self.weight_regularizer is not None:
             raise ValueError('weight_regularizer needs center_update="gradient"')
         self.make_bank()
 
     def make_bank(self) -> None:
-        """Set ``centers`` and, in "average" mode, ``class_counts``."""
+        """Set ``centers`` and, in "ema" mode, ``class_counts``."""
         centers = torch.zeros(self.num_classes, self.embedding_size)
         if self.center_update == "gradient":
             self.centers = torch.nn.Parameter(centers)
@@ -180,15 +181,15 @@ class CenterContrastiveLoss(ShowsSettings, WeightRegularizerMixin, BaseMetricLos
         c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
         check_embeddings(embeddings, self.embedding_size)
         labels = labels.long()
-        averages = self.training and self.center_update == "average"
+        uses_ema = self.training and self.center_update == "ema"
         if len(embeddings) == 0:
-            if averages:  # the other processes wait for this one's share
+            if uses_ema:  # the other processes wait for this one's share
                 self.update_centers(embeddings, labels)
             return self.zero_losses()
         # Before any state moves, because a wrong tuple raises here.
         dtype = torch.promote_types(embeddings.dtype, self.centers.dtype)
         weights = self.sample_weights(indices_tuple, labels, dtype)
-        if averages:
+        if uses_ema:
             self.update_centers(embeddings, labels)
         losses = self.sample_losses(embeddings, labels)
         if self.collect_stats:
@@ -224,7 +225,7 @@ class CenterContrastiveLoss(ShowsSettings, WeightRegularizerMixin, BaseMetricLos
 
     @torch.no_grad()
     def update_centers(self, embeddings: Tensor, labels: Tensor) -> None:
-        """Move the centers of the batch's classes, as "average" mode does at each forward."""
+        """Move the centers of the batch's classes, as "ema" mode does at each forward."""
         embeddings, labels = joined_batch(embeddings.to(self.centers.dtype), labels)
         unit = torch.nn.functional.normalize(embeddings)
         self.centers[labels], self.class_counts[labels] = moving_class_means(
@@ -233,7 +234,7 @@ class CenterContrastiveLoss(ShowsSettings, WeightRegularizerMixin, BaseMetricLos
 
     def seen_classes(self) -> Tensor | None:
         """(C,) bool, which classes have a center yet; None if all have."""
-        return self.class_counts > 0 if self.center_update == "average" else None
+        return self.class_counts > 0 if self.center_update == "ema" else None
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """(N, C) logits without margin: the scaled cosine similarities; -inf for unseen classes."""

@@ -13,7 +13,7 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
-from .._component import ShowsSettings, check_count, check_embeddings, require
+from .._component import HyperparametersMixin, check_count, check_embeddings, require
 from ..functional import (
     contextual_loss,
     contextual_similarity,
@@ -28,7 +28,7 @@ from ..functional.contextual_similarity import neighborhood_mask
 from ..functional.copies import exact_copies
 
 
-class ContextualLoss(ShowsSettings, BaseMetricLossFunction):
+class ContextualLoss(HyperparametersMixin, BaseMetricLossFunction):
     r"""Makes the neighbourhoods of a class agree, beside pulling its members together.
 
     .. math:: L = \lambda L_\mathrm{context} + \beta L_\mathrm{contrast}
@@ -87,7 +87,7 @@ class ContextualLoss(ShowsSettings, BaseMetricLossFunction):
         >>> loss_func(embeddings, labels).backward()
     """
 
-    settings = (
+    hyperparameters = (
         "num_neighbors",
         "neighborhood_slack",
         "contextual_weight",
@@ -100,6 +100,7 @@ class ContextualLoss(ShowsSettings, BaseMetricLossFunction):
 
     def __init__(
         self,
+        *,
         num_neighbors: int = 4,
         neighborhood_slack: float = 0.05,
         contextual_weight: float = 0.4,
@@ -134,7 +135,7 @@ class ContextualLoss(ShowsSettings, BaseMetricLossFunction):
         self.pos_margin = pos_margin
         self.neg_margin = neg_margin
         self.target_similarity = target_similarity
-        self.add_to_recordable_attributes(list_of_names=list(self.settings))
+        self.add_to_recordable_attributes(list_of_names=list(self.hyperparameters))
         self.add_to_recordable_attributes(
             list_of_names=[
                 "avg_neighborhood_size",

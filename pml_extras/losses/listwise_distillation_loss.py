@@ -10,11 +10,11 @@ from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor
 
-from .._component import ShowsSettings, check_embeddings, require
+from .._component import HyperparametersMixin, check_embeddings, require
 from ..functional import listwise_kl
 
 
-class ListwiseDistillationLoss(ShowsSettings, BaseMetricLossFunction):
+class ListwiseDistillationLoss(HyperparametersMixin, BaseMetricLossFunction):
     r"""Makes each sample's list of similarities to the batch resemble a teacher's.
 
     .. math:: \ell_i = \tau^2\,\mathrm{KL}\big(\mathrm{softmax}(g_i \cdot g_j / \tau)\;\|\;
@@ -47,15 +47,17 @@ class ListwiseDistillationLoss(ShowsSettings, BaseMetricLossFunction):
         >>> loss_func(student, ref_emb=teacher).backward()
     """
 
-    settings = ("temperature", "include_self")
+    hyperparameters = ("temperature", "include_self")
 
-    def __init__(self, temperature: float = 1.0, include_self: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self, *, temperature: float = 1.0, include_self: bool = True, **kwargs: Any
+    ) -> None:
         require(0 < temperature < math.inf, "temperature", "be positive and finite", temperature)
         super().__init__(**kwargs)
         c_f.assert_distance_type(self, CosineSimilarity, p=2, power=1)
         self.temperature = temperature
         self.include_self = include_self
-        self.add_to_recordable_attributes(list_of_names=list(self.settings))
+        self.add_to_recordable_attributes(list_of_names=list(self.hyperparameters))
 
     def compute_loss(
         self,

@@ -71,7 +71,7 @@ class ShardedCenterContrastiveLoss(CenterContrastiveLoss):
 
     Attributes:
         centers: (C, D) DTensor; ``centers.to_local()`` is this rank's part.
-        class_counts: (C,) int64 DTensor, in "average" mode.
+        class_counts: (C,) int64 DTensor, in "ema" mode.
         first_class: the number of this rank's first class.
 
     Default distance, default reducer, reducer input and statistics: as
@@ -307,7 +307,7 @@ class ShardedCenterContrastiveLoss(CenterContrastiveLoss):
 
     def seen_classes(self) -> Tensor | None:
         """(C_r,) bool, which of this rank's classes have a center yet; None if all have."""
-        return _local(self.class_counts) > 0 if self.center_update == "average" else None
+        return _local(self.class_counts) > 0 if self.center_update == "ema" else None
 
     @torch.no_grad()
     def get_logits(self, embeddings: Tensor) -> Tensor:

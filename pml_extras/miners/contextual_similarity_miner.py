@@ -8,12 +8,12 @@ from pytorch_metric_learning.distances import CosineSimilarity
 from pytorch_metric_learning.miners import BaseMiner
 from torch import Tensor
 
-from .._component import ShowsSettings, check_count, require
+from .._component import HyperparametersMixin, check_count, require
 from ..functional import contextual_pairs
 from ..functional._precision import full_precision
 
 
-class ContextualSimilarityMiner(ShowsSettings, BaseMiner):
+class ContextualSimilarityMiner(HyperparametersMixin, BaseMiner):
     """Mines pairs that are hard by context, and leaves out those whose labels look wrong.
 
     Contextual similarity S says how far two samples share neighbours. A positive pair is hard if it
@@ -51,10 +51,11 @@ class ContextualSimilarityMiner(ShowsSettings, BaseMiner):
         >>> loss = ContrastiveLoss()(embeddings, labels, pairs)
     """
 
-    settings = ("num_neighbors", "margin", "filter_noise")
+    hyperparameters = ("num_neighbors", "margin", "filter_noise")
 
     def __init__(
         self,
+        *,
         num_neighbors: int = 4,
         margin: float = 0.1,
         filter_noise: bool = True,
@@ -66,7 +67,7 @@ class ContextualSimilarityMiner(ShowsSettings, BaseMiner):
         self.num_neighbors = num_neighbors
         self.margin = margin
         self.filter_noise = filter_noise
-        self.add_to_recordable_attributes(list_of_names=list(self.settings))
+        self.add_to_recordable_attributes(list_of_names=list(self.hyperparameters))
 
     @full_precision
     def mine(

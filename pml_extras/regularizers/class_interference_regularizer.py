@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize as unit
 
 from .._component import (
-    ShowsSettings,
+    HyperparametersMixin,
     check_class_labels,
     check_count,
     check_embeddings,
@@ -22,7 +22,7 @@ from ..functional import class_interference, moving_class_means
 HOOK_NAME = "class_interference"  # of the hook and the submodule of a loss with an interference
 
 
-class ClassInterferenceRegularizer(ShowsSettings, BaseRegularizer):
+class ClassInterferenceRegularizer(HyperparametersMixin, BaseRegularizer):
     r"""Moves training embeddings towards other classes' means before a loss sees them.
 
     .. math::
@@ -37,7 +37,7 @@ class ClassInterferenceRegularizer(ShowsSettings, BaseRegularizer):
     the regularizer to the loss instead. The loss keeps its type and goes on working in trainers and
     wrappers, and the class means travel in its state_dict. Attach to the loss itself rather than to
     a wrapper around it, so that references and memory banks stay clean. What a loss keeps itself is
-    made of what it sees: averaged centers are averages of moved embeddings, and ``ContextualLoss``
+    made of what it sees: EMA centers are averages of moved embeddings, and ``ContextualLoss``
     no longer knows a moved sample's own row in a memory for its own.
 
     In eval mode nothing is changed or learnt. Under torch.distributed the means are over the
@@ -81,7 +81,7 @@ class ClassInterferenceRegularizer(ShowsSettings, BaseRegularizer):
         >>> loss = loss_func(torch.randn(32, 8), torch.randint(10, (32,)))
     """
 
-    settings = (
+    hyperparameters = (
         "num_classes",
         "embedding_size",
         "strength",
@@ -98,6 +98,7 @@ class ClassInterferenceRegularizer(ShowsSettings, BaseRegularizer):
         self,
         num_classes: int,
         embedding_size: int,
+        *,
         strength: float = 0.1,
         probability: float = 1.0,
         momentum: float = 0.9,
@@ -120,7 +121,7 @@ class ClassInterferenceRegularizer(ShowsSettings, BaseRegularizer):
         self.normalize = normalize
         self.random_strength = random_strength
         self.generator = generator
-        self.add_to_recordable_attributes(list_of_names=list(self.settings))
+        self.add_to_recordable_attributes(list_of_names=list(self.hyperparameters))
         self.add_to_recordable_attributes(
             list_of_names=["avg_shift", "num_seen_classes"], is_stat=True
         )

@@ -79,14 +79,14 @@ def test_figures_are_those_of_the_distrusted(monkeypatch):
     wrong = np.array(given.images.labels) != np.array(given.true_labels)
     missed = int(wrong.argmax())
 
-    class Knowing(labels.LabelTrust):
-        def look(self, embeddings):
-            self.support[:] = 2.0
-            self.support[wrong] = 0.0
-            self.support[missed] = 3.0
+    class Knowing(labels.LabelNoiseDetector):
+        def update(self, embeddings):
+            self.scores[:] = 2.0
+            self.scores[wrong] = 0.0
+            self.scores[missed] = 3.0
             return self
 
-    monkeypatch.setattr(labels, "LabelTrust", Knowing)
+    monkeypatch.setattr(labels, "LabelNoiseDetector", Knowing)
     quick = replace(SMOKE, budget=replace(SMOKE.budget, epochs=1, steps=1))
     setting = plan.METHODS[labels.METHOD].draw(0)
     found = labels.measure(quick, cell, setting, 0, run.ROOT)

@@ -305,13 +305,13 @@ def test_cleaning_leaves_out_what_is_distrusted(tmp_path, monkeypatch):
             left_out.append(list(indices))
             super().leave_out(indices)
 
-    class Trust(run.LabelTrust):
-        def distrusted(self):
-            looks.append(int(self.looks))
-            return torch.tensor([int(self.looks)])
+    class Trust(run.LabelNoiseDetector):
+        def find_label_issues(self):
+            looks.append(int(self.num_updates))
+            return torch.tensor([int(self.num_updates)])
 
     monkeypatch.setattr(run, "Batches", Batches)
-    monkeypatch.setattr(run, "LabelTrust", Trust)
+    monkeypatch.setattr(run, "LabelNoiseDetector", Trust)
     preset = PRESETS["smoke"]
     given = run.load_training("digits", "scratch", "clean", 0, tmp_path)
     where = run.Where(tmp_path, tmp_path)

@@ -56,9 +56,12 @@ def test_retrieval_of_rare_classes_is_that_of_their_images():
 def test_re_ranking_is_chosen_on_validation_data():
     validation, test = clusters(8, 8, 0.6), clusters(9, 8, 0.6)
     found = training.reranked(validation, test)
-    by_k = {k: training.retrieval(*validation, training.ContextualKNN(k)) for k in (5, 10, 20)}
+    by_k = {
+        k: training.retrieval(*validation, training.ContextualKNN(num_neighbors=k))
+        for k in (5, 10, 20)
+    }
     assert found["reranked_k"] == max(by_k, key=lambda k: by_k[k]["map_at_r"])
-    again = training.retrieval(*test, training.ContextualKNN(found["reranked_k"]))
+    again = training.retrieval(*test, training.ContextualKNN(num_neighbors=found["reranked_k"]))
     assert found["reranked_map_at_r"] == again["map_at_r"]
 
 

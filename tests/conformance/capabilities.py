@@ -40,7 +40,9 @@ class Component:
     takes_references: Annotated[
         bool, "Compares a batch with ref_emb, as DistributedLossWrapper(efficient=True) asks."
     ] = True
-    goes_in_memories: Annotated[bool, "Goes into CrossBatchMemory and SelfSupervisedLoss."] = True
+    supports_cross_batch_memory: Annotated[
+        bool, "Goes into CrossBatchMemory and SelfSupervisedLoss."
+    ] = True
     goes_in_distributed_wrapper: Annotated[
         bool, "Goes into DistributedLossWrapper, where processes are one with the joined batch."
     ] = True
@@ -52,13 +54,13 @@ class Component:
     keeps_dtypes: Annotated[
         bool, "Its parameters and buffers keep their dtypes, whatever that of the embeddings."
     ] = True
-    waits_for_the_device: Annotated[
+    syncs_device: Annotated[
         bool, "Makes the host wait for a GPU at each step, as PML's lists of pairs do."
     ] = False
     watches_a_network: Annotated[
         bool, "Wants embeddings of a network's latest pass, and to be told when an epoch ends."
     ] = False
-    averages: Annotated[
+    synced_buffers: Annotated[
         tuple[str, ...],
         "What in its state_dict is taken over the batches of all processes, to the last bit.",
     ] = ()

@@ -255,13 +255,13 @@ def steps_in_a_memory(memory, labels):
     assert total > 0
 
 
-@pytest.mark.stating(goes_in_memories=True)
+@pytest.mark.stating(supports_cross_batch_memory=True)
 def test_inside_a_cross_batch_memory(loss_component, labels):
     memory = CrossBatchMemory(loss_component.make(), EMBEDDING_SIZE, memory_size=3 * len(labels))
     steps_in_a_memory(memory, labels)
 
 
-@pytest.mark.stating(goes_in_memories=True)
+@pytest.mark.stating(supports_cross_batch_memory=True)
 def test_inside_a_cross_batch_memory_with_every_miner(loss_component, make_miner, labels):
     memory = CrossBatchMemory(
         loss_component.make(), EMBEDDING_SIZE, memory_size=3 * len(labels), miner=make_miner()
@@ -269,7 +269,7 @@ def test_inside_a_cross_batch_memory_with_every_miner(loss_component, make_miner
     steps_in_a_memory(memory, labels)
 
 
-@pytest.mark.stating(goes_in_memories=True)
+@pytest.mark.stating(supports_cross_batch_memory=True)
 def test_a_memory_of_the_batch_alone_is_the_batch(loss_component, x, labels):
     memory = CrossBatchMemory(loss_component.make(), EMBEDDING_SIZE, memory_size=len(x))
     assert torch.allclose(memory(x, labels), value(loss_component, x, labels), rtol=1e-5)
@@ -296,7 +296,7 @@ def test_a_memorys_place_in_the_queue_is_resumed(labels):
     ],
     ids=["CrossBatchMemory", "SelfSupervisedLoss", "PMLs-CrossBatchMemory"],
 )
-@pytest.mark.stating(goes_in_memories=False)
+@pytest.mark.stating(supports_cross_batch_memory=False)
 def test_memories_refuse_the_others(loss_component, wrapper):
     loss_func = loss_component.make()
     with pytest.raises(Exception, match=f"not supported for {type(loss_func).__name__}"):
@@ -304,7 +304,7 @@ def test_memories_refuse_the_others(loss_component, wrapper):
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.stating(goes_in_memories=True)
+@pytest.mark.stating(supports_cross_batch_memory=True)
 @pytest.mark.filterwarnings("ignore:num_neighbors")  # two views, or one, of each sample
 def test_self_supervised(loss_component, symmetric, x):
     x.requires_grad_()
@@ -320,7 +320,7 @@ def test_self_supervised(loss_component, symmetric, x):
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_self_supervised_contextual_loss_wants_views_to_be_near(symmetric, x):
     x.requires_grad_()
-    loss_func = SelfSupervisedLoss(ContextualLoss(1 + symmetric), symmetric=symmetric)
+    loss_func = SelfSupervisedLoss(ContextualLoss(num_neighbors=1 + symmetric), symmetric=symmetric)
     near = loss_func(x, x.detach() + 0.01 * torch.randn_like(x))
     near.backward()
     assert x.grad.isfinite().all()

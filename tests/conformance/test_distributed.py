@@ -163,8 +163,8 @@ def check_averages(component, way, tmp_path):
         component.use(thing, model(x), labels)
     first, second = run_processes(state_after_steps, tmp_path, component, way)
     equal = {key for key, _ in thing.named_buffers() if torch.equal(first[key], second[key])}
-    assert equal == set(component.averages)
-    for key in component.averages:
+    assert equal == set(component.synced_buffers)
+    for key in component.synced_buffers:
         assert torch.allclose(first[key], thing.state_dict()[key], atol=1e-6)
 
 
@@ -172,17 +172,17 @@ def test_averages_are_equal_to_the_last_bit_in_all_processes(component, tmp_path
     check_averages(component, "alone", tmp_path)
 
 
-@pytest.mark.stating(averages=True)
+@pytest.mark.stating(synced_buffers=True)
 def test_an_empty_share_of_a_batch_keeps_nobody_waiting(component, tmp_path):
     check_averages(component, "one empty", tmp_path)
 
 
-@pytest.mark.stating(averages=True, goes_in_distributed_wrapper=True)
+@pytest.mark.stating(synced_buffers=True, goes_in_distributed_wrapper=True)
 def test_averages_are_equal_under_the_loss_wrapper(loss_component, tmp_path):
     check_averages(loss_component, "wrapped", tmp_path)
 
 
-@pytest.mark.stating(averages=True, goes_in_distributed_wrapper=True, takes_references=True)
+@pytest.mark.stating(synced_buffers=True, goes_in_distributed_wrapper=True, takes_references=True)
 def test_averages_are_equal_under_the_efficient_loss_wrapper(loss_component, tmp_path):
     check_averages(loss_component, "efficient", tmp_path)
 

@@ -89,19 +89,19 @@ def test_what_is_on_another_device_is_seen():
         table[y]
 
 
-@pytest.mark.stating(waits_for_the_device=False)
+@pytest.mark.stating(syncs_device=False)
 def test_losses_get_by_without_values(loss_component, without_values):
     without_values(loss_component)
 
 
-@pytest.mark.stating(waits_for_the_device=True)
+@pytest.mark.stating(syncs_device=True)
 def test_those_that_wait_ask_for_values(loss_component, without_values):
     with pytest.raises(NotImplementedError, match="nonzero"):
         without_values(loss_component)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.stating(waits_for_the_device=False)
+@pytest.mark.stating(syncs_device=False)
 def test_losses_do_not_wait_in_a_step(loss_component, x, labels):
     loss_func = loss_component.make(NUM_CLASSES, EMBEDDING_SIZE)
     move(loss_component, loss_func, "cuda")

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from pml_extras import distillation, inference, losses, miners, regularizers
+from pml_extras import distillation, inference, label_noise, losses, miners, regularizers
 
 from .capabilities import Component
 from .components import COMPONENTS
 
 PUBLIC = [
     getattr(package, name)
-    for package in (losses, regularizers, distillation, miners, inference)
+    for package in (losses, regularizers, distillation, miners, inference, label_noise)
     for name in package.__all__
 ]
 NO_ROW = {
@@ -24,7 +24,7 @@ NO_ROW = {
     # It lives in a process group only, where its own tests compare it with CenterContrastiveLoss.
     losses.ShardedCenterContrastiveLoss,
     # It takes part in no training step.
-    inference.LabelTrust,
+    label_noise.LabelNoiseDetector,
 }
 
 
@@ -70,7 +70,7 @@ def combinations() -> str:
                 tuples if row.takes_tuples else "refused",
                 "yes" if row.takes_references else "refused",
                 "yes" if row.goes_in_distributed_wrapper else "refused",
-                "yes" if row.goes_in_memories else "refused",
+                "yes" if row.supports_cross_batch_memory else "refused",
                 "cosine" if row.cosine_only else "any",
                 "needed" if row.needs_labels else "not needed",
             ]

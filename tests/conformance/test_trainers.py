@@ -175,7 +175,7 @@ def logged(component, folder, miner=None, **kwargs):
     hooks = HookContainer(keeper, primary_metric=METRIC, validation_split_name="val", log_freq=1)
     watcher = make_tester(
         testers.GlobalEmbeddingSpaceTester,
-        ContextualKNN(5),
+        ContextualKNN(num_neighbors=5),
         end_of_testing_hook=hooks.end_of_testing_hook,
     )
     run.end_of_iteration_hook = hooks.end_of_iteration_hook

@@ -47,7 +47,11 @@ class Run:
         self.trunk, self.embedder = networks()
         self.teacher = TEACHERS[teacher](self.trunk, self.embedder)
         self.loss = SelfDistillation(
-            loss or ContrastiveLoss(), self.teacher, num_epochs, alpha, collect_stats=collect_stats
+            loss or ContrastiveLoss(),
+            self.teacher,
+            num_epochs,
+            alpha=alpha,
+            collect_stats=collect_stats,
         )
         self.optimizer = torch.optim.Adam(self.parts().parameters(), lr=0.01)
 

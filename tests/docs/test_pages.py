@@ -95,11 +95,11 @@ def test_links_lead_somewhere(page):
 
 
 def test_every_component_has_a_page():
-    from pml_extras import distillation, inference, losses, miners, regularizers
+    from pml_extras import distillation, inference, label_noise, losses, miners, regularizers
 
     text = "".join(page.read_text() for page in (ROOT / "docs" / "components").iterdir())
     memories = {"CrossBatchMemory", "SelfSupervisedLoss"}  # PML's, with ours on their lists
-    for package in (losses, regularizers, distillation, miners, inference):
+    for package in (losses, regularizers, distillation, miners, inference, label_noise):
         for name in set(package.__all__) - memories:
             assert f".. autoclass:: {package.__name__}.{name}\n" in text
 

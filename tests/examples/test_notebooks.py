@@ -18,7 +18,7 @@ RUNS = {
     "noisy_labels": (
         "EPOCHS = 2; SEEDS = 2; LEVELS = (0.3,)",
         "assert min(scores['left out as it goes']) > max(scores['with wrong labels'])\n"
-        "told = mislabel(0.3); trust = LabelTrust(told); train(images, told, trust)\n"
+        "told = mislabel(0.3); trust = LabelNoiseDetector(told); train(images, told, trust)\n"
         "count, precision, recall = describe(trust, told != true)\n"
         "assert precision > 0.95 and recall > 0.7",
     ),

@@ -142,7 +142,7 @@ def test_labels_are_checked(tmp_path, capsys):
     assert f"precision {found['precision']:.3f}, recall" in capsys.readouterr().out
     with open(out / "labels.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert sum(row["distrusted"] == "1" for row in rows) == found["distrusted"]
+    assert sum(row["is_issue"] == "1" for row in rows) == found["distrusted"]
     assert (out / "labels.png").stat().st_size > 10_000
     run(out, "--overwrite", epochs=1)
     assert not (out / "labels.csv").exists()
@@ -161,7 +161,7 @@ def test_distrusted_labels_are_left_out(tmp_path, monkeypatch):
     arguments = ["--loss", "ntxent", "--label-noise", "0.3", "--leave-out"]
     run(tmp_path / "run", *arguments, epochs=1)
     trust = checkpoint.load(tmp_path / "run" / "checkpoint.pt")["trust"]
-    distrusted = set((trust["support"] < 1).nonzero().flatten().tolist())
+    distrusted = set((trust["scores"] < 1).nonzero().flatten().tolist())
     assert distrusted & set(drawn[-1])
     run(tmp_path / "run", *arguments, "--resume", epochs=2)
     assert len(drawn) == 2
@@ -170,12 +170,15 @@ def test_distrusted_labels_are_left_out(tmp_path, monkeypatch):
 
 def test_a_class_of_distrusted_labels_keeps_them():
     labels = torch.tensor([0, 0, 0, 1, 1])
-    trust, sampler = train.LabelTrust(labels, 2), train.MPerClassSampler(labels, 2)
+    trust, sampler = (
+        train.LabelNoiseDetector(labels, num_neighbors=2),
+        train.MPerClassSampler(labels, 2),
+    )
     for support, expected in {
         (2.0, 0.5, 1.0, 0.0, 0.9): {0: [0, 2], 1: [3, 4]},  # a class with none left keeps all
         (2.0, 2.0, 1.0, 0.0, 3.0): {0: [0, 1, 2], 1: [4]},
     }.items():
-        trust.support = torch.tensor(support)
+        trust.scores = torch.tensor(support)
         train.leave_out(sampler, trust)
         assert {k: v.tolist() for k, v in sampler.labels_to_indices.items()} == expected
 

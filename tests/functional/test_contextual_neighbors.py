@@ -8,12 +8,12 @@ import torch
 from torch.nn.functional import normalize
 
 from pml_extras.functional import (
-    contextual_neighbors,
+    build_reference_index,
+    contextual_rerank,
     contextual_similarity_from_distances,
     pairwise_cosine,
-    reference_graph,
 )
-from pml_extras.functional import contextual_neighbors as function
+from pml_extras.functional import contextual_rerank as function
 
 
 @pytest.fixture(params=["faiss", "torch"])
@@ -48,8 +48,8 @@ def test_equals_brute_force(are_references, num_references, k, weight):
     query = references[:20] if are_references else mixture(20)
     own = torch.arange(len(query)) if are_references else None
     expected = brute_force(query, references, k, weight, are_references)
-    graph = reference_graph(references, k)
-    distances, indices = contextual_neighbors(
+    graph = build_reference_index(references, k)
+    distances, indices = contextual_rerank(
         query, graph, num_references, num_references, weight, own
     )
     assert torch.allclose(distances, expected.gather(1, indices), atol=1e-6)
@@ -59,19 +59,19 @@ def test_equals_brute_force(are_references, num_references, k, weight):
 
 def test_blocks_do_not_change_the_answer(monkeypatch):
     references, query = mixture(50), mixture(17)
-    graph = reference_graph(references, 8)
-    expected = contextual_neighbors(query, graph, 10)
+    graph = build_reference_index(references, 8)
+    expected = contextual_rerank(query, graph, 10)
     monkeypatch.setattr(sys.modules[function.__module__], "BLOCK", 700)
-    again = reference_graph(references, 8)
+    again = build_reference_index(references, 8)
     assert all(torch.equal(a, b) for a, b in zip(again, graph, strict=True))
-    found = contextual_neighbors(query, again, 10)
+    found = contextual_rerank(query, again, 10)
     assert torch.allclose(found[0], expected[0], atol=1e-6)
     assert torch.equal(found[1], expected[1])
 
 
 def test_graph():
     references = mixture(40)
-    graph = reference_graph(references, 6)
+    graph = build_reference_index(references, 6)
     cosine = pairwise_cosine(references)
     assert torch.equal(graph.neighbors, cosine.topk(6).indices)
     assert torch.equal(graph.neighbors[:, 0], torch.arange(40))
@@ -83,18 +83,18 @@ def test_graph():
 
 def test_duplicates_find_themselves_first():
     references = mixture(10).repeat(4, 1)  # each four times
-    graph = reference_graph(references, 4)
+    graph = build_reference_index(references, 4)
     assert torch.equal(graph.neighbors[:, 0], torch.arange(40))
-    distances, indices = contextual_neighbors(references, graph, 4, query_indices=torch.arange(40))
+    distances, indices = contextual_rerank(references, graph, 4, query_indices=torch.arange(40))
     assert distances.isfinite().all()
     assert (indices % 10 == torch.arange(40)[:, None] % 10).all()
 
 
 def test_only_candidates_are_worked_out():
     references, query = mixture(60), mixture(8)
-    graph = reference_graph(references, 5)
-    full = contextual_neighbors(query, graph, 60, 60)
-    few, indices = contextual_neighbors(query, graph, 12, 12)
+    graph = build_reference_index(references, 5)
+    full = contextual_rerank(query, graph, 60, 60)
+    few, indices = contextual_rerank(query, graph, 12, 12)
     nearest = pairwise_cosine(query, references).topk(12).indices
     assert torch.equal(indices.sort(1).values, nearest.sort(1).values)
     assert few.min() >= full[0].min() - 1e-6
@@ -104,16 +104,18 @@ def test_context_corrects_a_distance():
     # A chain leads away from the query, and another group begins nearer to it than the chain ends.
     angles = torch.tensor([0.0, 0.12, 0.24, 0.36, -0.33, -0.40, -0.45, -0.5])
     points = torch.stack([angles.cos(), angles.sin()], 1)
-    graph = reference_graph(points, 4)
-    order = contextual_neighbors(points[:1], graph, 8, 8, 0.0, torch.tensor([0]))[1][0].tolist()
+    graph = build_reference_index(points, 4)
+    order = contextual_rerank(points[:1], graph, 8, 8, 0.0, torch.tensor([0]))[1][0].tolist()
     assert order.index(3) < order.index(4)
     assert pairwise_cosine(points)[0, 3] < pairwise_cosine(points)[0, 4]
 
 
 def test_half_precision_and_scale():
     references, query = mixture(40), mixture(9)
-    expected = contextual_neighbors(query, reference_graph(references, 5), 40)
-    scaled = contextual_neighbors(4 * query, reference_graph(0.5 * references, 5), 40)
+    expected = contextual_rerank(query, build_reference_index(references, 5), 40)
+    scaled = contextual_rerank(4 * query, build_reference_index(0.5 * references, 5), 40)
     assert torch.equal(scaled[1], expected[1])
-    half = contextual_neighbors(normalize(query).half(), reference_graph(references.half(), 5), 40)
+    half = contextual_rerank(
+        normalize(query).half(), build_reference_index(references.half(), 5), 40
+    )
     assert half[0].dtype == torch.float32

@@ -34,11 +34,11 @@ def loop_over_samples(x, labels, k):
 
 
 def assert_equals_a_loop(x, labels, k):
-    found = label_vote(x.double(), labels, k)
+    found = label_vote(x.double(), labels, num_neighbors=k)
     for i, (support, trusted, winner) in enumerate(loop_over_samples(x, labels, k)):
-        assert found.support[i].item() == pytest.approx(float(support))
-        assert found.trusted[i] == trusted
-        assert found.winner[i] == winner
+        assert found.vote_lift[i].item() == pytest.approx(float(support))
+        assert found.is_plurality[i] == trusted
+        assert found.suggested_label[i] == winner
 
 
 @pytest.fixture(params=[True, False], ids=["sparse", "dense"])
@@ -59,8 +59,8 @@ def test_rounding_decides_nothing_between_classes_that_have_as_much(route, dtype
     x = torch.randn(60, 16, dtype=dtype).repeat_interleave(5, 0)
     labels = (2 * torch.arange(60)[:, None] + torch.tensor([0, 0, 0, 1, 1])).flatten()
     found = label_vote(x, labels, num_neighbors=5)
-    assert torch.equal(found.trusted, labels % 2 == 0)  # two votes to two; one vote to three
-    assert torch.equal(found.winner, labels // 2 * 2)
+    assert torch.equal(found.is_plurality, labels % 2 == 0)  # two votes to two; one vote to three
+    assert torch.equal(found.suggested_label, labels // 2 * 2)
 
 
 @pytest.mark.parametrize("k", [2, 9])
@@ -75,28 +75,34 @@ def test_finds_the_wrong_labels_and_knows_the_right_ones():
     x, true, told = mixture()
     found = label_vote(x, told, num_neighbors=10)
     wrong = true != told
-    assert ((found.support < 1) == wrong).double().mean() > 0.98
-    assert (found.winner == true).double().mean() > 0.98
+    assert ((found.vote_lift < 1) == wrong).double().mean() > 0.98
+    assert (found.suggested_label == true).double().mean() > 0.98
 
 
 def test_support_is_one_on_average_where_labels_are_drawn_at_random():
     x, _, _ = mixture(num_classes=60)
-    support = torch.cat([label_vote(x, torch.randint(6, (600,)), 10).support for _ in range(10)])
+    support = torch.cat(
+        [label_vote(x, torch.randint(6, (600,)), num_neighbors=10).vote_lift for _ in range(10)]
+    )
     assert support.mean().item() == pytest.approx(1, abs=0.05)
 
 
 def test_half_precision_is_widened():
     x, _, labels = mixture()
-    expected = label_vote(x.bfloat16().float(), labels, 10)
-    for actual, wanted in zip(label_vote(x.bfloat16(), labels, 10), expected, strict=True):
+    expected = label_vote(x.bfloat16().float(), labels, num_neighbors=10)
+    for actual, wanted in zip(
+        label_vote(x.bfloat16(), labels, num_neighbors=10), expected, strict=True
+    ):
         assert torch.equal(actual, wanted)
 
 
 def test_the_order_of_the_samples_does_not_matter():
     x, _, labels = mixture()
     x, order = x.double(), torch.randperm(len(x))
-    expected = label_vote(x, labels, 10)
-    for actual, wanted in zip(label_vote(x[order], labels[order], 10), expected, strict=True):
+    expected = label_vote(x, labels, num_neighbors=10)
+    for actual, wanted in zip(
+        label_vote(x[order], labels[order], num_neighbors=10), expected, strict=True
+    ):
         assert torch.allclose(actual.double(), wanted[order].double())
 
 

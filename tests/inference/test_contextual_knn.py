@@ -112,7 +112,7 @@ def test_references_go_where_the_queries_are(tmp_path):
 def test_settings(setting, value):
     with pytest.raises(ValueError, match=f"^{setting} must .*, got {value!r}"):
         ContextualKNN(**{setting: value})
-    assert repr(ContextualKNN(7, 50, 0.5)) == (
+    assert repr(ContextualKNN(num_neighbors=7, num_candidates=50, distance_weight=0.5)) == (
         "ContextualKNN(num_neighbors=7, num_candidates=50, distance_weight=0.5)"
     )
 
@@ -131,27 +131,27 @@ def test_rows_that_are_not_finite_are_refused(bad):
 
 def test_float64():
     x = torch.randn(50, 4, dtype=torch.float64)
-    distances, _ = ContextualKNN(5)(x, 5, x, True)
-    expected = ContextualKNN(5)(x.float(), 5, x.float(), True)
+    distances, _ = ContextualKNN(num_neighbors=5)(x, 5, x, True)
+    expected = ContextualKNN(num_neighbors=5)(x.float(), 5, x.float(), True)
     assert torch.allclose(distances, expected[0].double(), atol=1e-6)
 
 
 def test_dtypes_may_differ():
     x, references = torch.randn(2, 50, 4).half().float()
-    expected = ContextualKNN(5)(x, 5, references)
+    expected = ContextualKNN(num_neighbors=5)(x, 5, references)
     for query, given in (
         (x.double(), references),
         (x, references.double()),
         (x.half(), references),
     ):
-        knn = ContextualKNN(5)
+        knn = ContextualKNN(num_neighbors=5)
         knn.train(given)
         for found in (knn(query, 5), knn(query, 5, given)):
             assert torch.allclose(found[0].float(), expected[0], atol=1e-6)
 
 
 def test_shapes_are_checked():
-    knn, x = ContextualKNN(5), torch.randn(20, 4)
+    knn, x = ContextualKNN(num_neighbors=5), torch.randn(20, 4)
     with pytest.raises(ValueError, match=r"query must have shape \(batch_size, 4\), got \(20, 3\)"):
         knn(x[:, :3], 5, x)
     with pytest.raises(ValueError, match="query must have shape"):

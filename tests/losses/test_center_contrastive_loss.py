@@ -38,7 +38,7 @@ def both_gradients(ours, theirs, x, labels):
 
 @pytest.mark.parametrize(("scale", "margin"), [(16, 0.2), (64, 0.35), (1, 1.0)])
 def test_without_the_center_term_it_is_pmls_cosface(batch, scale, margin):
-    ours = CenterContrastiveLoss(C, D, scale, margin, center_weight=0)
+    ours = CenterContrastiveLoss(C, D, scale=scale, margin=margin, center_weight=0)
     theirs = with_centers(CosFaceLoss(C, D, margin=margin, scale=scale), ours.centers)
     (loss, dx, dc), (expected, expected_dx, expected_dw) = both_gradients(ours, theirs, *batch)
     assert torch.allclose(loss, expected, rtol=1e-5)
@@ -102,7 +102,7 @@ def test_weight_regularizer_acts_on_the_centers(batch):
     assert torch.allclose(regularized(*batch), plain(*batch) + penalty)
     CenterContrastiveLoss(C, D, weight_regularizer=RegularFaceRegularizer())(*batch).backward()
     with pytest.raises(ValueError, match='weight_regularizer needs center_update="gradient"'):
-        CenterContrastiveLoss(C, D, center_update="average", weight_regularizer=LpRegularizer())
+        CenterContrastiveLoss(C, D, center_update="ema", weight_regularizer=LpRegularizer())
 
 
 def test_class_weights_are_pmls_reducer(batch):
@@ -118,7 +118,7 @@ def test_class_weights_are_pmls_reducer(batch):
 @pytest.mark.parametrize(
     ("label", "index"), [(C, 4), (-1, 0), (1 << 40, N - 1)], ids=["C", "negative", "huge"]
 )
-@pytest.mark.parametrize("center_update", ["gradient", "average"])
+@pytest.mark.parametrize("center_update", ["gradient", "ema"])
 def test_a_label_out_of_range_is_named_and_changes_nothing(batch, label, index, center_update):
     x, labels = batch
     labels[index] = label
@@ -206,7 +206,7 @@ class TestForgottenOptimizer:
     def test_nothing_is_said_of_centers_that_are_not_to_move(self, batch):
         x = batch[0].requires_grad_()
         frozen = CenterContrastiveLoss(C, D).requires_grad_(False)
-        average = CenterContrastiveLoss(C, D, center_update="average")
+        average = CenterContrastiveLoss(C, D, center_update="ema")
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             self.train(frozen, None, (x, batch[1]))
@@ -217,7 +217,7 @@ class TestForgottenOptimizer:
                 loss_func(*batch)
 
 
-@pytest.mark.parametrize("center_update", ["gradient", "average"])
+@pytest.mark.parametrize("center_update", ["gradient", "ema"])
 def test_an_empty_batch_is_zero_and_changes_nothing(center_update):
     loss_func = CenterContrastiveLoss(C, D, center_update=center_update)
     before = loss_func.centers.clone()
@@ -230,7 +230,7 @@ def test_an_empty_batch_is_zero_and_changes_nothing(center_update):
 
 class TestAverage:
     def make(self, **kwargs):
-        return CenterContrastiveLoss(C, D, center_update="average", **kwargs)
+        return CenterContrastiveLoss(C, D, center_update="ema", **kwargs)
 
     def test_centers_are_normalised_moving_averages(self, batch):
         x, labels = batch
@@ -259,7 +259,7 @@ class TestAverage:
 
     def test_classes_not_seen_take_no_part(self):
         x, labels = torch.randn(6, D), torch.tensor([1, 1, 4, 4, 5, 5])
-        few = CenterContrastiveLoss(3, D, center_update="average")
+        few = CenterContrastiveLoss(3, D, center_update="ema")
         many = self.make()
         assert torch.allclose(many(x, labels), few(x, torch.tensor([0, 0, 1, 1, 2, 2])), rtol=1e-6)
         logits = many.get_logits(x)
@@ -292,7 +292,7 @@ class TestAverage:
 
 def test_two_losses_of_moving_averages_before_one_backward():
     """At sizes beyond those at which all logits are made at once."""
-    loss_func = CenterContrastiveLoss(num_classes=2000, embedding_size=8, center_update="average")
+    loss_func = CenterContrastiveLoss(num_classes=2000, embedding_size=8, center_update="ema")
     labels = torch.randint(2000, (64,))
     x, y = (torch.randn(64, 8, requires_grad=True) for _ in range(2))
     loss_func(x, labels).backward()

@@ -24,7 +24,10 @@ def test_golden(contextual_case, relative_error):
     x = case["embeddings"].requires_grad_()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some cases have k above the samples of a class
-        loss = ContextualLoss(int(case["k"]), float(case["eps"]))(x, case["labels"])
+        loss_func = ContextualLoss(
+            num_neighbors=int(case["k"]), neighborhood_slack=float(case["eps"])
+        )
+        loss = loss_func(x, case["labels"])
     loss.backward()
     weights = {"contextual": 0.4, "contrastive": 0.5, "mean_similarity": 0.1}
     for kind, actual in {"loss": loss, "grad": x.grad}.items():

@@ -13,7 +13,9 @@ def test_golden(listwise_case, relative_error):
     case = listwise_case
     student = case["student"].requires_grad_()
     tau = float(case["temperature"])
-    loss = ListwiseDistillationLoss(tau)(student, case["labels"], ref_emb=case["teacher"])
+    loss = ListwiseDistillationLoss(temperature=tau)(
+        student, case["labels"], ref_emb=case["teacher"]
+    )
     loss.backward()
     assert relative_error(loss, tau**2 * case["kl"]) < 1e-4
     assert relative_error(student.grad, tau**2 * case["kl_grad"]) < 1e-4
@@ -21,14 +23,16 @@ def test_golden(listwise_case, relative_error):
 
 def test_an_element_a_sample():
     student, teacher = torch.randn(8, 4), torch.randn(8, 6)
-    loss_func = ListwiseDistillationLoss(0.5, include_self=False, reducer=DoNothingReducer())
+    loss_func = ListwiseDistillationLoss(
+        temperature=0.5, include_self=False, reducer=DoNothingReducer()
+    )
     losses = loss_func(student, ref_emb=teacher)["loss"]["losses"]
     assert torch.equal(losses, 0.25 * listwise_kl(student, teacher, 0.5, False))
 
 
 def test_zero_when_student_and_teacher_coincide():
     x = torch.randn(8, 4, requires_grad=True)
-    loss = ListwiseDistillationLoss(0.1)(x, ref_emb=x.detach().clone())
+    loss = ListwiseDistillationLoss(temperature=0.1)(x, ref_emb=x.detach().clone())
     loss.backward()
     assert loss == 0
     assert x.grad.abs().max() < 1e-6
@@ -44,7 +48,7 @@ def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="indices_tuple is not supported"):
         loss_func(x, indices_tuple=(torch.tensor([0]),) * 3, ref_emb=x.clone())
     with pytest.raises(ValueError, match="temperature must be positive and finite, got 0"):
-        ListwiseDistillationLoss(0)
+        ListwiseDistillationLoss(temperature=0)
     with pytest.raises(AssertionError, match="CosineSimilarity"):
         ListwiseDistillationLoss(distance=LpDistance())
 

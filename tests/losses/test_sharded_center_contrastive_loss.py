@@ -98,9 +98,9 @@ RUNS = {
         "embedding_regularizer": LpRegularizer,
         "sizes": UNEVEN,
     },
-    "average": {"center_update": "average"},
-    "average uneven": {"center_update": "average", "sizes": UNEVEN, "momentum": 0.5},
-    "average smoothing": {"center_update": "average", "label_smoothing": 0.2, "classes": 41},
+    "ema": {"center_update": "ema"},
+    "average uneven": {"center_update": "ema", "sizes": UNEVEN, "momentum": 0.5},
+    "average smoothing": {"center_update": "ema", "label_smoothing": 0.2, "classes": 41},
 }
 
 
@@ -191,7 +191,7 @@ def several_things(rank: int) -> None:
     own, own_labels = share(rank, embeddings, UNEVEN), share(rank, labels, UNEVEN)
 
     # Statistics and logits, where one class has not been seen.
-    for settings in ({}, {"center_update": "average"}):
+    for settings in ({}, {"center_update": "ema"}):
         plain, sharded = (
             make(cls, collect_stats=True, **settings)
             for cls in (CenterContrastiveLoss, ShardedCenterContrastiveLoss)
@@ -243,7 +243,7 @@ def several_things(rank: int) -> None:
     assert len(both.losses[0](own, own_labels)["loss"]["losses"]) == N
 
     # Whole state dicts are those of one process.
-    average = make(center_update="average")
+    average = make(center_update="ema")
     average(own, own_labels)
     for loss_func in (sharded, average):
         plain = make(CenterContrastiveLoss, center_update=loss_func.center_update)
@@ -348,15 +348,13 @@ def go_on(
     return whole_state(loss_func)
 
 
-# "average" leaves a parameter group of the optimizer empty.
+# "ema" leaves a parameter group of the optimizer empty.
 NO_PARAMETERS = pytest.mark.skipif(
     torch.__version__ < (2, 7), reason="set_state_dict loses the settings of empty groups"
 )
 
 
-@pytest.mark.parametrize(
-    "center_update", ["gradient", pytest.param("average", marks=NO_PARAMETERS)]
-)
+@pytest.mark.parametrize("center_update", ["gradient", pytest.param("ema", marks=NO_PARAMETERS)])
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:Detected an existing")
 def test_checkpoints_go_on_at_another_world_size(tmp_path, center_update):
     steps = iter(range(10))
@@ -431,7 +429,7 @@ class LargestTensor(TorchDispatchMode):
 
 def largest_tensors(rank: int, classes: int, size: int) -> int:
     loss_func = ShardedCenterContrastiveLoss(classes, size, label_smoothing=0.1, collect_stats=True)
-    average = ShardedCenterContrastiveLoss(classes, size, center_update="average")
+    average = ShardedCenterContrastiveLoss(classes, size, center_update="ema")
     torch.manual_seed(rank)
     x = torch.randn(8, size, requires_grad=True)
     labels = torch.randint(classes, (8,))
@@ -480,7 +478,7 @@ def bad_inputs(rank: int) -> dict[str, list[str]]:
         "logits": lambda f: f.get_logits(x[:, :3] if bad else x),
     }
     found = {name: [] for name in calls}
-    for loss_func in (make(), make(center_update="average")):
+    for loss_func in (make(), make(center_update="ema")):
         loss_func(x, labels)
         before = whole_state(loss_func)
         for name, call in calls.items():

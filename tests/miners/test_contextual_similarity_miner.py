@@ -14,7 +14,7 @@ from pytorch_metric_learning.losses import ContrastiveLoss, CrossBatchMemory
 from pytorch_metric_learning.miners import MultiSimilarityMiner
 from torch.nn.functional import normalize
 
-from pml_extras.functional import class_vote, contextual_similarity_from_distances
+from pml_extras.functional import contextual_similarity_from_distances, weighted_label_vote
 from pml_extras.miners import ContextualSimilarityMiner
 
 DISTANCES = [
@@ -99,7 +99,9 @@ def plain_pairs(distances, labels, k, margin, filter_noise):
 @pytest.mark.parametrize("noise", [0.4, 0.9, 2.0])
 def test_equals_the_rules_one_pair_at_a_time(filter_noise, k, margin, noise):
     x, _, labels = mixture(num_classes=6, per_class=6, dim=8, noise=noise)
-    miner = ContextualSimilarityMiner(k, margin, filter_noise, distance=LpDistance())
+    miner = ContextualSimilarityMiner(
+        num_neighbors=k, margin=margin, filter_noise=filter_noise, distance=LpDistance()
+    )
     a1, p, a2, n = miner(x, labels)
     positives, negatives = plain_pairs(
         torch.cdist(*[normalize(x)] * 2), labels, k, margin, filter_noise
@@ -156,10 +158,10 @@ def test_references_that_are_the_batch_give_the_batchs_pairs():
 def test_any_batch_gives_valid_indices(labels, k):
     labels = torch.tensor(labels, dtype=torch.long)
     for x in (torch.randn(len(labels), 4), torch.ones(len(labels), 4)):
-        pairs = ContextualSimilarityMiner(k)(x, labels)
+        pairs = ContextualSimilarityMiner(num_neighbors=k)(x, labels)
         check_indices(pairs, labels, labels, torch.eye(len(labels), dtype=torch.bool))
     ref = torch.randn(2, 4)
-    pairs = ContextualSimilarityMiner(k)(x, labels, ref, torch.tensor([0, 1]))
+    pairs = ContextualSimilarityMiner(num_neighbors=k)(x, labels, ref, torch.tensor([0, 1]))
     check_indices(pairs, labels, torch.tensor([0, 1]), torch.zeros(len(labels), 2).bool())
 
 
@@ -196,11 +198,11 @@ def test_clean_labels_lose_few_pairs():
 def test_the_vote_finds_wrong_labels():
     x, truth, labels = mixture()
     context = contextual_similarity_from_distances(torch.cdist(x, x), 4)
-    vote = class_vote(context, labels, labels, torch.eye(len(x), dtype=torch.bool))
+    vote = weighted_label_vote(context.fill_diagonal_(0), labels, labels)
     wrong = labels != truth
-    assert vote.trusted[~wrong].float().mean() > 0.9
-    assert vote.trusted[wrong].float().mean() < 0.1
-    assert (vote.share[wrong].mean()) < 0.2 < vote.share[~wrong].mean()
+    assert vote.is_plurality[~wrong].float().mean() > 0.9
+    assert vote.is_plurality[wrong].float().mean() < 0.1
+    assert (vote.vote_fraction[wrong].mean()) < 0.2 < vote.vote_fraction[~wrong].mean()
 
 
 def test_inside_cross_batch_memory():

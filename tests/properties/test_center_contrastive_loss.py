@@ -12,7 +12,7 @@ from pytorch_metric_learning.reducers import DoNothingReducer
 
 from pml_extras.losses import CenterContrastiveLoss
 
-MODES = pytest.mark.parametrize("center_update", ["gradient", "average"])
+MODES = pytest.mark.parametrize("center_update", ["gradient", "ema"])
 WEIGHTS = st.sampled_from([0.0, 1.5, 1e3])
 
 
@@ -54,7 +54,7 @@ def plain_losses(cases, loss_func, x, y):
     distances = 2 - 2 * z[rows, y] / loss_func.scale
     z[rows, y] -= loss_func.scale * loss_func.margin
     takes_part = torch.ones(len(x), len(c), dtype=torch.bool)
-    if loss_func.center_update == "average":
+    if loss_func.center_update == "ema":
         takes_part = (loss_func.class_counts > 0).expand(len(x), -1).clone()
         takes_part[rows, y] = True
     log_p = z.masked_fill(~takes_part, -1e300).log_softmax(1)
@@ -95,7 +95,7 @@ def test_values_and_gradients(cases, data, num_classes, center_update):
 @given(data=st.data(), num_classes=st.integers(1, 12))
 def test_averages_are_the_formulas(cases, data, num_classes):
     n, d = data.draw(cases.shapes)
-    loss_func = draw_loss(data, cases, num_classes, d, "average")
+    loss_func = draw_loss(data, cases, num_classes, d, "ema")
     for _ in range(data.draw(st.integers(1, 3))):
         x, y = draw_batch(data, cases, n, d, num_classes)
         assume(cases.norms_are_ordinary(x))
@@ -122,7 +122,7 @@ def test_averages_are_the_formulas(cases, data, num_classes):
 @given(data=st.data(), num_classes=st.integers(1, 12))
 def test_broken_rows_are_as_if_left_out_of_the_averages(cases, data, num_classes):
     n, d = data.draw(cases.shapes)
-    with_them = draw_loss(data, cases, num_classes, d, "average")
+    with_them = draw_loss(data, cases, num_classes, d, "ema")
     without_them = copy.deepcopy(with_them)
     for _ in range(2):
         x, y = draw_batch(data, cases, n, d, num_classes, broken=True)
@@ -167,7 +167,7 @@ def test_scale_does_not_matter(cases, data, num_classes, exponent, center_update
         if center_update == "gradient":
             other.centers *= 2.0**exponent
     assert torch.equal(per_sample(one, x, y), per_sample(other, scaled, y))
-    if center_update == "average":
+    if center_update == "ema":
         assert cases.same_state(one.state_dict(), other.state_dict())
 
 

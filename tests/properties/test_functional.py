@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from pml_extras.functional import (
     class_interference,
-    class_vote,
     moving_class_means,
     pairwise_cosine,
+    weighted_label_vote,
 )
 from pml_extras.functional.contextual_similarity import neighborhood_mask
 from pml_extras.functional.copies import exact_copies
@@ -111,7 +111,7 @@ def test_votes_are_shares(cases, data):
     y = data.draw(cases.any_labels(n))
     ref_y = y[torch.randint(n, (r,), generator=generator)]
     excluded = torch.rand(n, r, generator=generator) < 0.2
-    vote = class_vote(context, y, ref_y, excluded)
+    vote = weighted_label_vote(context.masked_fill(excluded, 0), y, ref_y)
     for i in range(n):
         shares = {}
         for j in range(r):
@@ -119,8 +119,8 @@ def test_votes_are_shares(cases, data):
                 label = int(ref_y[j])
                 shares[label] = shares.get(label, 0) + float(context[i, j])
         total, own = sum(shares.values()), shares.pop(int(y[i]), 0)
-        assert abs(float(vote.share[i]) - (own / total if total else 0.5)) < 1e-12
-        assert bool(vote.trusted[i]) == (own >= max(shares.values(), default=0))
+        assert abs(float(vote.vote_fraction[i]) - (own / total if total else 0.5)) < 1e-12
+        assert bool(vote.is_plurality[i]) == (own >= max(shares.values(), default=0))
 
 
 @given(data=st.data(), num_classes=st.integers(1, 12), strength=st.floats(0, 0.49))

@@ -30,7 +30,7 @@ def test_values_and_gradients(cases, data, include_self):
     student = data.draw(cases.embeddings(n, d)).requires_grad_()
     teacher = data.draw(cases.embeddings(n, data.draw(st.integers(1, 16))))
     temperature = data.draw(cases.log_uniform(-3, 3))
-    loss_func = ListwiseDistillationLoss(temperature, include_self)
+    loss_func = ListwiseDistillationLoss(temperature=temperature, include_self=include_self)
     loss = loss_func(student, ref_emb=teacher)
     loss.backward()
     assert loss.isfinite()

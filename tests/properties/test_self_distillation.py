@@ -16,7 +16,7 @@ from pml_extras.losses import CenterContrastiveLoss, ListwiseDistillationLoss
 TEACHERS = pytest.mark.parametrize("kind", [SnapshotTeacher, EMATeacher])
 BASES = {
     "contrastive": lambda d: ContrastiveLoss(),
-    "centers": lambda d: CenterContrastiveLoss(5, d, center_update="average"),
+    "centers": lambda d: CenterContrastiveLoss(5, d, center_update="ema"),
 }
 
 
@@ -56,7 +56,7 @@ def close(a, b):
 def test_value_schedule_and_teacher(cases, data, d, kind):
     student, teacher, loss_func = draw_setting(data, cases, kind, d)
     generator = torch.Generator().manual_seed(data.draw(cases.seeds))
-    listwise = ListwiseDistillationLoss(loss_func.temperature)
+    listwise = ListwiseDistillationLoss(temperature=loss_func.temperature)
     expected_teacher = weights(student)
     first = True
     for epoch in range(data.draw(st.integers(1, 5))):

@@ -59,7 +59,7 @@ from {PML} import distillation, evaluation, losses, miners, regularizers
 losses.CenterContrastiveLoss, losses.ContextualLoss, losses.ListwiseDistillationLoss
 losses.ShardedCenterContrastiveLoss, miners.ContextualSimilarityMiner
 regularizers.ClassInterferenceRegularizer, distillation.SelfDistillation
-evaluation.ContextualKNN, evaluation.LabelTrust
+evaluation.ContextualKNN, evaluation.LabelNoiseDetector
 result = unittest.TextTestRunner().run(suite)
 assert result.testsRun > 40
 sys.exit(not result.wasSuccessful())

@@ -44,7 +44,7 @@ class TestCenterContrastiveLoss(unittest.TestCase):
                 torch.testing.assert_close(actual.double(), wanted, rtol=rtol, atol=atol)
 
     def test_average_mode_follows_the_class_means(self):
-        loss_func = CenterContrastiveLoss(10, 8, center_update="average", momentum=0.9)
+        loss_func = CenterContrastiveLoss(10, 8, center_update="ema", momentum=0.9)
         loss_func = loss_func.to(TEST_DEVICE)
         embeddings = torch.randn(32, 8, device=TEST_DEVICE)
         loss_func(embeddings, self.labels)

@@ -27,7 +27,7 @@ def make_cases():
     torch.manual_seed(0)
     for loss_func in [
         ContextualLoss(),
-        CenterContrastiveLoss(4, 8, center_update="average"),
+        CenterContrastiveLoss(4, 8, center_update="ema"),
         CenterContrastiveLoss(4, 8),
         # Two classes: which mean an embedding moves to is no matter of chance.
         ClassInterferenceRegularizer(2, 8, strength=0.2).attach(ContextualLoss()),

@@ -17,7 +17,7 @@ from .contextual_similarity import agreement
 BLOCK = 1 << 22
 
 
-class ReferenceGraph(NamedTuple):
+class ReferenceIndex(NamedTuple):
     """What re-ranking needs to know of R references, k neighbours each."""
 
     embeddings: Tensor
@@ -60,21 +60,21 @@ def nearest(query: Tensor, references: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 @full_precision
-def reference_graph(
+def build_reference_index(
     references: Tensor, num_neighbors: int, num_candidates: int = 0
-) -> ReferenceGraph:
+) -> ReferenceIndex:
     """Find each reference's neighbours among the references and compare their neighbourhoods.
 
     Args:
         references: (R, D), any scale.
         num_neighbors: k >= 1, the reference itself included; clamped to R.
         num_candidates: how many of its nearest to remember for each reference, if more than k: what
-            :func:`contextual_neighbors` need not search again where references are the queries.
+            :func:`contextual_rerank` need not search again where references are the queries.
 
     Example:
         >>> import torch
         >>> references = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
-        >>> reference_graph(references, num_neighbors=2).neighbors
+        >>> build_reference_index(references, num_neighbors=2).neighbors
         tensor([[0, 1],
                 [1, 0],
                 [2, 3],
@@ -97,15 +97,15 @@ def reference_graph(
         opinion[rows] = agreement(shared, size, size, len(unit))
     first = neighbors[:, :half]
     reciprocal = (neighbors[first, :half] == itself[:, :, None]).any(2)
-    return ReferenceGraph(
+    return ReferenceIndex(
         unit, neighbors, similarity, opinion, reciprocal, candidates, candidate_similarity
     )
 
 
 @full_precision
-def contextual_neighbors(
+def contextual_rerank(
     query: Tensor,
-    graph: ReferenceGraph,
+    graph: ReferenceIndex,
     k: int,
     num_candidates: int = 100,
     distance_weight: float = 0.3,
@@ -137,8 +137,8 @@ def contextual_neighbors(
     Example:
         >>> import torch
         >>> references = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
-        >>> graph = reference_graph(references, num_neighbors=2)
-        >>> contextual_neighbors(torch.tensor([[1.0, 0.3]]), graph, k=2)[1]
+        >>> graph = build_reference_index(references, num_neighbors=2)
+        >>> contextual_rerank(torch.tensor([[1.0, 0.3]]), graph, k=2)[1]
         tensor([[1, 0]])
     """
     num_references, num_neighbors = graph.neighbors.shape

@@ -1,7 +1,7 @@
 import unittest
 
 import torch
-from pytorch_metric_learning.evaluation import LabelTrust
+from pytorch_metric_learning.evaluation import LabelNoiseDetector
 
 from .. import TEST_DEVICE
 
@@ -14,7 +14,7 @@ class TestLabelTrust(unittest.TestCase):
         labels = truth.clone()
         wrong = torch.tensor([3, 17, 31])
         labels[wrong] = (labels[wrong] + 1) % 4
-        trust = LabelTrust(labels, num_neighbors=8).to(TEST_DEVICE)
-        trust.look(embeddings.to(TEST_DEVICE))
-        self.assertEqual(set(trust.distrusted().tolist()), set(wrong.tolist()))
-        self.assertTrue(torch.equal(trust.winner.cpu(), truth))
+        detector = LabelNoiseDetector(labels, num_neighbors=8).to(TEST_DEVICE)
+        detector.update(embeddings.to(TEST_DEVICE))
+        self.assertEqual(set(detector.find_label_issues().tolist()), set(wrong.tolist()))
+        self.assertTrue(torch.equal(detector.suggested_labels.cpu(), truth))

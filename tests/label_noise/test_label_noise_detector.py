@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import csv
+
+import pytest
+import torch
+from pytorch_metric_learning.losses import ContrastiveLoss
+from pytorch_metric_learning.samplers import MPerClassSampler
+from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
+from pytorch_metric_learning.trainers import MetricLossOnly
+from torch import nn
+from torch.nn.functional import one_hot
+from torch.utils.data import TensorDataset
+
+from pml_extras.functional import label_vote
+from pml_extras.label_noise import LabelNoiseDetector
+
+N = 40
+
+
+@pytest.fixture
+def labels():
+    return torch.arange(N) % 4
+
+
+def embeddings(labels):
+    return one_hot(labels).float() + 0.1 * torch.randn(len(labels), 4)
+
+
+def test_scores_are_averages_over_updates(labels):
+    detector, seen = LabelNoiseDetector(labels, num_neighbors=6), []
+    for _ in range(3):
+        x = torch.randn(N, 4)
+        seen.append(label_vote(x, labels, num_neighbors=6))
+        detector.update(x)
+    assert detector.num_updates == 3
+    assert torch.allclose(detector.scores, torch.stack([v.vote_lift for v in seen]).mean(0))
+    assert torch.equal(detector.suggested_labels, seen[-1].suggested_label)
+
+
+def test_flags_nothing_before_the_first_update(labels):
+    assert len(LabelNoiseDetector(labels).find_label_issues()) == 0
+
+
+def test_flags_wrong_labels_most_suspicious_first(labels):
+    noisy_labels = labels.clone()
+    noisy_labels[[3, 17, 30]] = (noisy_labels[[3, 17, 30]] + 1) % 4
+    detector = LabelNoiseDetector(noisy_labels, num_neighbors=8)
+    for _ in range(2):
+        detector.update(embeddings(labels))
+    found = detector.find_label_issues()
+    assert set(found.tolist()) == {3, 17, 30}
+    assert (detector.scores[found].diff() >= 0).all()
+    assert torch.equal(detector.suggested_labels, labels)
+
+
+def test_goes_on_where_it_stopped(labels):
+    x, y = torch.randn(2, N, 4)
+    whole = LabelNoiseDetector(labels, num_neighbors=6).update(x).update(y)
+    first = LabelNoiseDetector(labels, num_neighbors=6).update(x)
+    second = LabelNoiseDetector(torch.zeros(N, dtype=torch.long), num_neighbors=6)
+    second.load_state_dict(first.state_dict())
+    second.update(y)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name])
+
+
+def test_writes_a_table(labels, tmp_path):
+    noisy_labels = labels.clone()
+    noisy_labels[3] = 0
+    detector = LabelNoiseDetector(noisy_labels, num_neighbors=8).update(embeddings(labels))
+    names = ["ant", 'bee, "busy"', "cat", "dog"]
+    detector.to_csv(tmp_path / "named.csv", class_names=names)
+    with open(tmp_path / "named.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sorted(int(row["sample"]) for row in rows) == list(range(N))
+    assert rows[0] == {
+        "sample": "3",
+        "label": "ant",
+        "score": f"{detector.scores[3].item():.4g}",
+        "suggested_label": "dog",
+        "is_issue": "1",
+    }
+    assert {row["is_issue"] for row in rows[1:]} == {"0"}
+    assert {row["label"] for row in rows} == set(names)
+    detector.to_csv(tmp_path / "plain.csv")
+    assert (tmp_path / "plain.csv").read_text().splitlines()[1].startswith("3,0,")
+    detector.to_csv(tmp_path / "files.csv", sample_names=[f"{i}.png" for i in range(N)])
+    assert (tmp_path / "files.csv").read_text().splitlines()[1].startswith("3.png,0,")
+
+
+@pytest.mark.parametrize("answer", [None, False])
+def test_hook_updates_each_epoch_and_passes_on_what_the_next_says(labels, answer):
+    dataset = TensorDataset(embeddings(labels), labels)
+    detector = LabelNoiseDetector(labels, num_neighbors=8)
+    tester = GlobalEmbeddingSpaceTester(dataloader_num_workers=0)
+    called = []
+
+    def hook(trainer):
+        called.append(trainer.epoch)
+        return answer
+
+    network = nn.Linear(4, 3)
+    trainer = MetricLossOnly(
+        {"trunk": network},
+        {"trunk_optimizer": torch.optim.SGD(network.parameters(), 0.1)},
+        16,
+        {"metric_loss": ContrastiveLoss()},
+        dataset,
+        sampler=MPerClassSampler(labels, 4, 16, N),
+        dataloader_num_workers=0,
+        end_of_epoch_hook=detector.end_of_epoch_hook(tester, dataset, hook),
+    )
+    trainer.train(num_epochs=2)
+    assert called == ([1] if answer is False else [1, 2])
+    assert detector.num_updates == len(called)
+    expected = label_vote(network(dataset.tensors[0]), labels, num_neighbors=8)
+    assert torch.equal(detector.suggested_labels, expected.suggested_label)
+
+
+def test_hook_needs_no_next(labels):
+    dataset = TensorDataset(embeddings(labels), labels)
+    detector = LabelNoiseDetector(labels, num_neighbors=8)
+
+    class Trainer:
+        models = {"trunk": nn.Linear(4, 3), "embedder": nn.Identity()}  # noqa: RUF012
+
+    tester = GlobalEmbeddingSpaceTester(dataloader_num_workers=0)
+    assert detector.end_of_epoch_hook(tester, dataset)(Trainer) is None
+    other = TensorDataset(dataset.tensors[0], labels.flip(0))
+    with pytest.raises(ValueError, match="labels are not the labels"):
+        detector.end_of_epoch_hook(tester, other)(Trainer)
+    assert detector.num_updates == 1
+
+
+@pytest.mark.parametrize(
+    ("labels", "num_neighbors", "message"),
+    [
+        (torch.rand(3), 40, "labels must be N integers, got torch.float32"),
+        (torch.zeros(2, 3, dtype=torch.long), 40, r"of shape \(2, 3\)"),
+        (torch.arange(3), 0, "num_neighbors must be a whole number"),
+    ],
+)
+def test_refuses(labels, num_neighbors, message):
+    with pytest.raises(ValueError, match=message):
+        LabelNoiseDetector(labels, num_neighbors=num_neighbors)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (torch.randn(3, 4), "of 40 samples, got 3"),
+        (torch.randn(N), "shape"),
+        (torch.full((N, 4), torch.nan), "finite, and row 0"),
+    ],
+)
+def test_a_wrong_update_changes_nothing(labels, wrong, message):
+    detector = LabelNoiseDetector(labels)
+    with pytest.raises(ValueError, match=message):
+        detector.update(wrong)
+    assert detector.num_updates == 0
