@@ -1,4 +1,4 @@
-"""The page of docs on speed and memory, from what benchmarks/speed.py has measured."""
+"""Renders docs/speed.md from the measurements of benchmarks/speed.py."""
 
 from __future__ import annotations
 
@@ -20,15 +20,20 @@ def render(results: Path) -> None:
     lines = [
         "# Speed and memory",
         "",
-        "Measured by `python benchmarks/speed.py`, which renders this page too. Time and memory",
-        "are ratios of pml_extras to the contender, measured in turns in one run: below 1,",
-        "pml_extras is ahead. A step is forward and backward. *Plain* is the formula written down",
-        "plainly, as research code has it (`benchmarks/reference.py`). *Spread* is how far apart",
-        "the quarter points of our times are, relative to their median; memory is what is needed",
-        "beyond the inputs. *Compiled* is ours by `torch.compile`. A short step is repeated for",
-        "a tenth of a second in each turn: a single one after other work takes longer, for cold",
-        "caches. The machine was busier in some rows than in others: milliseconds compare within",
-        "a row.",
+        "Measured by `python benchmarks/speed.py`, which also renders this page.",
+        "",
+        "- **time** and **memory** are ratios of pml_extras to the contender in column *against*.",
+        "  Below 1, pml_extras is faster or smaller. The contenders take turns in one run. A step",
+        "  is forward and backward.",
+        "- **ms** is the median time of a pml_extras step. **spread** is the interquartile range",
+        "  of these times, relative to the median.",
+        "- **MiB** is the memory of pml_extras beyond the inputs.",
+        "- *plain* is a direct implementation of the formulas, as research code has it",
+        "  (`benchmarks/reference.py`). *compiled* is pml_extras under `torch.compile`.",
+        "",
+        "Short steps are repeated for a tenth of a second in each turn, because one step after",
+        "other work is slower (cold caches). The machine was busier in some rows than in others:",
+        "compare milliseconds only within a row.",
     ]
     for stem, run in runs.items():
         lines += ["", f"## {run['machine']}", "", run["versions"], ""]
@@ -77,7 +82,7 @@ def plot(run: dict[str, Any], prefix: str, label: str, file: Path) -> bool:
         return False
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     for axes, key, what in zip(
-        figure.subplots(1, 2), ("median_ms", "extra_mib"), ("ms a step", "MiB beyond the inputs"),
+        figure.subplots(1, 2), ("median_ms", "extra_mib"), ("ms per step", "MiB beyond the inputs"),
         strict=True,
     ):  # fmt: skip
         for contender, by_size in points.items():
