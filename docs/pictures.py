@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
-"""The pictures of the components' pages: `python docs/pictures.py`. Each is worked out by the
-component it shows."""
+"""Draws the figures of the component pages: `python docs/pictures.py`.
+
+Each figure is computed with the component that it shows.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ def on_circle(degrees: Tensor) -> Tensor:
     return torch.stack([radians.cos(), radians.sin()], 1)
 
 
-def circle(axes: Axes, title: str) -> None:
+def draw_circle(axes: Axes, title: str) -> None:
     axes.add_patch(plt.Circle((0, 0), 1, fill=False, color="#cccccc"))
     axes.set(title=title, xlim=(-1.4, 1.4), ylim=(-1.4, 1.4), xticks=[], yticks=[])
     axes.set_aspect("equal")
@@ -56,7 +58,7 @@ def center_contrastive_loss() -> Figure:
         (gradient,) = torch.autograd.grad(losses.sum(), x)
         with torch.no_grad():
             start, step = x.numpy(), -0.09 * gradient.numpy()
-        circle(axes, f"center_weight = {weight}")
+        draw_circle(axes, f"center_weight = {weight}")
         axes.scatter(*start.T, c=colors(labels), s=25, zorder=3)
         axes.scatter(*centers.T, c=CLASSES[:3], s=220, marker="*", edgecolors=INK, zorder=4)
         axes.quiver(*start.T, *step.T, color=colors(labels), angles="xy", scale_units="xy",
@@ -65,15 +67,15 @@ def center_contrastive_loss() -> Figure:
 
 
 def contextual_loss() -> Figure:
-    # Two of four classes overlap; one sample of each of the others has strayed.
+    # Four classes, the last two of which overlap.
     means = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0.3, 1], [0, -0.2, 1]])
     labels = torch.arange(4).repeat_interleave(6)
     x = normalize(means[labels] + 0.22 * torch.randn(24, 3))
     similarities = f.pairwise_cosine(x)
     shown = {
         "cosine similarity": similarities,
-        "contextual similarity": f.contextual_similarity(similarities, 6, 0.02),
-        "what it is to be": (labels[:, None] == labels).float(),
+        "contextual similarity": f.contextual_similarity(similarities, num_neighbors=6, slack=0.02),
+        "target": (labels[:, None] == labels).float(),
     }
     figure, panels = plt.subplots(1, 3, figsize=(9.6, 3.4), layout="constrained")
     for axes, (title, matrix) in zip(panels, shown.items(), strict=True):
@@ -93,8 +95,8 @@ def class_interference() -> Figure:
     generator = torch.Generator().manual_seed(4)
     figure, both = plt.subplots(1, 2, figsize=(8, 4), layout="constrained")
     for axes, strength in zip(both, (0.1, 0.3), strict=True):
-        moved = f.class_interference(x, labels, means, seen, strength, generator=generator)
-        circle(axes, f"strength = {strength}")
+        moved = f.class_interference(x, labels, means, seen, strength=strength, generator=generator)
+        draw_circle(axes, f"strength = {strength}")
         axes.scatter(*x.T, facecolors="none", edgecolors=colors(labels), s=25)
         axes.scatter(*moved.T, c=colors(labels), s=25, zorder=3)
         axes.scatter(*means.T, c=CLASSES[:3], marker="X", s=130, edgecolors=INK, zorder=4)
@@ -107,16 +109,16 @@ def self_distillation() -> Figure:
     teacher = on_circle(torch.tensor([0.0, 20, 35, 80, 120, 190]))
     student = on_circle(torch.tensor([0.0, 5, 80, 90, 150, 200]))
     p, q = ((x @ x.T / 0.5).softmax(1)[0].numpy() for x in (teacher, student))
-    divergence = f.listwise_kl(student, teacher, 0.5)[0].item()
+    divergence = f.listwise_kl(student, teacher, temperature=0.5)[0].item()
     figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
-    place = np.arange(6)
-    axes.bar(place - 0.2, p, 0.4, color=MUTED, label="the teacher's list")
-    axes.bar(place + 0.2, q, 0.4, color=CLASSES[0], label="the student's list")
-    for i in place[1:]:
+    position = np.arange(6)
+    axes.bar(position - 0.2, p, 0.4, color=MUTED, label="teacher")
+    axes.bar(position + 0.2, q, 0.4, color=CLASSES[0], label="student")
+    for i in position[1:]:
         axes.annotate("", (i + 0.2, p[i]), (i + 0.2, q[i]),
                       arrowprops={"arrowstyle": "->", "color": WRONG})  # fmt: skip
-    axes.set(title=f"How alike a sample finds the others: KL = {divergence:.3f}")
-    axes.set_xticks(place, ["itself", *(f"sample {i}" for i in range(1, 6))])
+    axes.set(title=f"Similarity distribution of one sample: KL = {divergence:.3f}")
+    axes.set_xticks(position, ["itself", *(f"sample {i}" for i in range(1, 6))])
     axes.set_axisbelow(True)
     axes.grid(axis="x", visible=False)
     axes.legend()
@@ -124,29 +126,29 @@ def self_distillation() -> Figure:
 
 
 def blobs(per_class: int = 10) -> tuple[Tensor, Tensor, Tensor]:
-    """Points of three classes, what they truly are, and what they are said to be."""
+    """Points of three classes, their true labels, and noisy labels with three errors."""
     true = torch.arange(3).repeat_interleave(per_class)
     x = torch.tensor([[0.0, 0], [2.4, 0.4], [1.0, 2.2]])[true] + 0.55 * torch.randn(len(true), 2)
-    told = true.clone()
-    told[[3, 14, 27]] = torch.tensor([1, 2, 0])
-    return x, true, told
+    noisy = true.clone()
+    noisy[[3, 14, 27]] = torch.tensor([1, 2, 0])
+    return x, true, noisy
 
 
 def contextual_miner() -> Figure:
-    x, true, told = blobs()
+    x, true, noisy = blobs()
     figure, both = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
     for axes, filtered in zip(both, (False, True), strict=True):
         a1, p, a2, n = f.contextual_pairs(
-            x, told, num_neighbors=8, filter_noise=filtered, distance=torch.cdist
+            x, noisy, num_neighbors=8, filter_noise=filtered, distance=torch.cdist
         )
         for first, second, color, width in ((a2, n, WRONG, 0.5), (a1, p, RIGHT, 0.7)):
             for i, j in zip(first.tolist(), second.tolist(), strict=True):
                 axes.plot(*x[[i, j]].T, color=color, lw=width, alpha=0.5)
-        axes.scatter(*x.T, c=colors(told), s=40, zorder=3)
-        wrong = true != told
+        axes.scatter(*x.T, c=colors(noisy), s=40, zorder=3)
+        wrong = true != noisy
         axes.scatter(*x[wrong].T, facecolors="none", edgecolors=INK, s=160, lw=1.6, zorder=4)
         axes.set(title=f"filter_noise={filtered}", xticks=[], yticks=[])
-    figure.text(0.5, -0.04, "green: positive pairs, red: negative pairs; ringed: a wrong label",
+    figure.text(0.5, -0.04, "green: positive pairs, red: negative pairs, ringed: wrong labels",
                 ha="center", color=MUTED)  # fmt: skip
     return figure
 
@@ -157,25 +159,27 @@ def contextual_knn() -> Figure:
                        torch.stack([1 - t.cos(), 0.35 - t.sin()], 1)])  # fmt: skip
     x = moons + 0.07 * torch.randn(80, 2)
     labels = torch.arange(80) // 40
-    # Angles on a large sphere are distances on a plane.
+    # On a small part of a sphere, angles are proportional to distances in the plane.
     embeddings = normalize(torch.cat([x / 50, torch.ones(80, 1)], 1)).double()
-    graph = f.build_reference_index(embeddings, 8)
+    index = f.build_reference_index(embeddings, num_neighbors=8)
     plain = (-f.pairwise_cosine(embeddings)).argsort()[:, 1:11]
-    own = torch.arange(80)
-    _, ranked = f.contextual_rerank(embeddings, graph, 11, 60, 0.1, own)
+    self_indices = torch.arange(80)
+    _, ranked = f.contextual_rerank(
+        embeddings, index, 11, num_candidates=60, distance_weight=0.1, query_indices=self_indices
+    )
     ranked = ranked[:, 1:]
     # The query that gains most.
     gain = (labels[ranked] == labels[:, None]).sum(1) - (labels[plain] == labels[:, None]).sum(1)
     query = int(gain.argmax())
     plain, ranked = plain[query], ranked[query]
     figure, both = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for axes, title, found in zip(both, ("nearest", "re-ranked"), (plain, ranked), strict=True):
+    for axes, title, neighbors in zip(both, ("nearest", "re-ranked"), (plain, ranked), strict=True):
         axes.scatter(*x.T, c=colors(labels), s=16, alpha=0.6)
-        right = labels[found] == labels[query]
-        edges = [RIGHT if r else WRONG for r in right]
-        axes.scatter(*x[found].T, facecolors="none", edgecolors=edges, s=90, lw=1.8)
+        is_right = labels[neighbors] == labels[query]
+        edges = [RIGHT if right else WRONG for right in is_right]
+        axes.scatter(*x[neighbors].T, facecolors="none", edgecolors=edges, s=90, lw=1.8)
         axes.scatter(*x[query], c=INK, marker="*", s=160)
-        axes.set(title=f"10 {title}: {int(right.sum())} of its class", xticks=[], yticks=[])
+        axes.set(title=f"10 {title}: {int(is_right.sum())} of its class", xticks=[], yticks=[])
     return figure
 
 
@@ -194,11 +198,11 @@ PICTURES: dict[str, Callable[[], Figure]] = {
 
 def main(folder: Path = HERE) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    # The same picture gives the same file.
+    # Makes the files reproducible.
     with plt.rc_context({**STYLE, "svg.hashsalt": "pml_extras"}):
-        for name, paint in PICTURES.items():
+        for name, draw in PICTURES.items():
             torch.manual_seed(0)
-            figure = paint()
+            figure = draw()
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
             plt.close(figure)
 
