@@ -1,24 +1,31 @@
-"""What all components have in common: settings that show in the repr and the logs, and checks."""
+"""What all components share: hyperparameters in the repr and the log, and argument checks."""
 
 from __future__ import annotations
 
+import inspect
+import math
 import warnings
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 
 class HyperparametersMixin:
-    """Mix-in for PML components: ``hyperparameters`` names the attributes to show."""
+    """Shows the hyperparameters of a component: its constructor's arguments of plain types."""
 
-    hyperparameters: ClassVar[tuple[str, ...]]
+    def hyperparameters(self) -> dict[str, Any]:
+        """Values by name. Every such argument is an attribute of the same name."""
+        classes = [cls for cls in reversed(type(self).__mro__) if "__init__" in vars(cls)]
+        names = {name: None for cls in classes for name in inspect.signature(cls).parameters}
+        values = {name: vars(self).get(name) for name in names}
+        return {n: v for n, v in values.items() if isinstance(v, (bool, int, float, str))}
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self.hyperparameters)
+        return ", ".join(f"{name}={value!r}" for name, value in self.hyperparameters().items())
 
 
 def require(condition: bool, name: str, wanted: str, value: Any) -> None:
-    """Raise a ValueError that says what was wanted and what came."""
+    """Raise a ValueError that says what is wanted and what was given."""
     if not condition:
         raise ValueError(f"{name} must {wanted}, got {value!r}")
 
@@ -27,11 +34,16 @@ def check_count(name: str, value: int, least: int = 1) -> None:
     require(value >= least and value % 1 == 0, name, f"be a whole number from {least} up", value)
 
 
-def check_class_labels(labels: torch.Tensor | None, num_classes: int) -> torch.Tensor:
-    """Check that labels are class numbers, and return them.
+def check_non_negative(**values: float) -> None:
+    for name, value in values.items():
+        require(0 <= value < math.inf, name, "be non-negative and finite", value)
 
-    Call it before labels go to a GPU. Those that lie on one already are left to its own bounds
-    check, because looking at them would make the host wait at each step.
+
+def check_class_labels(labels: torch.Tensor | None, num_classes: int) -> torch.Tensor:
+    """Check that labels are class indices, and return them.
+
+    Call it before labels go to a GPU. Labels on a GPU are left to its own bounds check, because
+    reading them would make the host wait in every step.
     """
     if labels is None:
         raise ValueError("labels are required")
@@ -62,57 +74,42 @@ def check_embeddings(
         raise ValueError(f"{name} must be floating-point numbers, got {embeddings.dtype}")
 
 
-def check_finite(**rows: torch.Tensor | None) -> None:
-    """Check that these are rows of finite numbers, at least one of references."""
+def check_finite(**rows: torch.Tensor) -> None:
+    """Check that these are rows of finite numbers, and that there are any (except queries)."""
     for name, x in rows.items():
-        if x is None:
-            continue
         if len(x) == 0 and name != "query":
-            raise ValueError(f"{name} must have a row at least, got {tuple(x.shape)}")
+            raise ValueError(f"{name} must have at least one row, got {tuple(x.shape)}")
         wrong = (~x.isfinite().all(1)).nonzero()
         if len(wrong) > 0:
             raise ValueError(f"{name} must be finite, and row {int(wrong[0])} is not")
 
 
 class OptimizerReminder:
-    """Warns, once, of a parameter that gets gradients and is never moved.
+    """Warns once if a parameter gets gradients in 100 steps and does not move.
 
-    PML's users pass a loss's parameters to an optimizer of their own, and forgetting to do so has
-    no other sign than poor accuracy.
+    PML's users give a loss's parameters to an optimizer of their own. Forgetting it has no other
+    sign than low accuracy.
     """
 
-    patience = 100  # calls; more than anybody accumulates gradients over
+    patience = 100  # more steps than gradients are accumulated over
+    num_unmoved_steps = 0
 
-    def __init__(self, what: str, of: str) -> None:
-        self.what, self.of = what, of
-        self.still: int | None = 0  # calls with a gradient so far; None: it moves, or was told of
-        self.version: int | None = None
-        self.row: tuple[torch.Tensor, torch.Tensor] | None = None  # its number, and what it was
-
-    def check(self, parameter: torch.Tensor) -> None:
-        """Call this at each forward pass in training."""
-        if self.still is None or parameter.grad is None or not parameter.requires_grad:
+    def check(self, parameter: torch.Tensor, description: str) -> None:
+        """Call this in each training step, before the forward pass."""
+        if parameter.grad is None or self.num_unmoved_steps == self.patience:
             return
-        # Counts the changes in place, which is how optimizers make them, save for fused ones;
-        # reading it costs nothing.
-        version = parameter._version
-        if self.version not in (None, version):
-            self.still = self.row = None
-            return
-        self.version = version
-        if self.row is None:
-            number = parameter.grad.abs().amax(1).argmax()[None]
-            self.row = number, parameter.detach()[number]
-        self.still += 1
-        if self.still == self.patience:
-            self.still = None
-            (number, before), self.row = self.row, None
-            moved_away = before.device != parameter.device or before.dtype != parameter.dtype
-            if moved_away or not torch.equal(parameter.detach()[number], before):
-                return
-            warnings.warn(
-                f"{self.what} of {self.of} have had gradients in {self.patience} steps and have not"
-                " moved: give loss.parameters() to an optimizer, whose key in PML's trainers is"
-                ' "metric_loss_optimizer"',
-                stacklevel=4,
-            )
+        if self.num_unmoved_steps == 0:
+            row = parameter.grad.abs().amax(1).argmax()[None]
+            self.before = parameter._version, row, parameter.detach()[row]
+        self.num_unmoved_steps += 1
+        if self.num_unmoved_steps == self.patience:
+            version, row, probe_row = self.before
+            # Fused optimizers do not count their changes in _version, so compare values too.
+            unmoved = parameter._version == version
+            if unmoved and torch.equal(parameter.detach()[row].to(probe_row), probe_row):
+                warnings.warn(
+                    f"{description} have had gradients in {self.patience} steps and have not moved:"
+                    " give loss.parameters() to an optimizer, whose key in PML's trainers is"
+                    ' "metric_loss_optimizer"',
+                    stacklevel=4,
+                )

@@ -23,7 +23,6 @@ OURS, THEIRS = "pml_extras", "pytorch_metric_learning"
 # PML keeps what its classes are made of. `evaluation` is what PML 3 calls the place for retrieval.
 PLACES = {
     "_component": "utils.component",
-    "_distributed": "utils.joined_batch",
     "functional": "utils.functional",
     "losses": "losses",
     "regularizers": "regularizers",

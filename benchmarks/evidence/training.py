@@ -25,7 +25,7 @@ from pml_extras.functional import (
     pairwise_cosine,
     weighted_label_vote,
 )
-from pml_extras.functional.contextual_similarity import neighborhood_mask
+from pml_extras.functional._neighborhoods import knn_radii
 from pml_extras.inference import ContextualKNN
 
 from .data import Training, normalized
@@ -251,11 +251,12 @@ class Probes:
     def measure(self, network: nn.Module, parts: Parts, k: int) -> dict[str, float | None]:
         embeddings = embed(network, self.images, self.device)
         similarities = pairwise_cosine(embeddings)
-        near = neighborhood_mask((2 - 2 * similarities).clamp_min(0), k, 0.05)
+        distances = (2 - 2 * similarities).clamp_min(0)
+        near = distances <= knn_radii(distances, k, 0.05)[0]
         itself = torch.eye(len(similarities), dtype=torch.bool, device=self.device)
         nearest = similarities.masked_fill(itself, -1).topk(k - 1).indices
         purity = (self.true[nearest] == self.true[:, None]).double().mean(1)
-        context = contextual_similarity(similarities, k, 0.0)
+        context = contextual_similarity(distances, num_neighbors=k, slack=0.0)
         trusted = weighted_label_vote(
             context.masked_fill(itself, 0), self.labels, self.labels
         ).is_plurality

@@ -62,8 +62,6 @@ class SelfDistillation(HyperparametersMixin, BaseLossWrapper, ModuleWithRecords)
         ...     loss_func.end_epoch()
     """
 
-    hyperparameters = ("num_epochs", "alpha", "temperature")
-
     def __init__(
         self,
         loss: torch.nn.Module,
@@ -84,7 +82,7 @@ class SelfDistillation(HyperparametersMixin, BaseLossWrapper, ModuleWithRecords)
         self.alpha = alpha
         self.temperature = temperature
         self.epoch = 0
-        self.add_to_recordable_attributes(list_of_names=list(self.hyperparameters))
+        self.add_to_recordable_attributes(list_of_names=list(self.hyperparameters()))
         self.add_to_recordable_attributes(
             list_of_names=["base_loss", "distillation_loss", "distillation_weight"], is_stat=True
         )

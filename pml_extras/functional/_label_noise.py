@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from ._precision import full_precision
-from .cosine import unit_rows
-from .sparse_context import context_sums
+from ._contextual import contextual_similarity_matrix
+from ._kernels.precision import full_precision
 
 MAX_CLASSES = 128  # whose votes are counted at a time
 TIE_TOLERANCE = 1e-5  # a fraction of the vote that rounding can explain
@@ -95,15 +95,20 @@ def label_vote(embeddings: Tensor, labels: Tensor, *, num_neighbors: int = 40) -
     n, device = len(embeddings), embeddings.device
     if n == 0:
         return LabelVote(embeddings.new_empty(0), labels > 0, labels.clone())
-    normalized = unit_rows(embeddings)
-    sums = context_sums(lambda rows: -normalized[rows] @ normalized.T, n, num_neighbors, device)
+    normalized = normalize(embeddings)
+    similarity = contextual_similarity_matrix(
+        lambda rows: -normalized[rows] @ normalized.T,
+        normalized,
+        num_neighbors=num_neighbors,
+    )
+    self_similarity = similarity.diagonal()[:, None]
     classes, target, class_sizes = torch.unique(labels, return_inverse=True, return_counts=True)
     target_votes, total = normalized.new_zeros(2, n)
     most_votes, winner = normalized.new_full((n,), -torch.inf), target
     for chunk in torch.split(torch.arange(len(classes), device=device), MAX_CLASSES):
         one_hot = (target[:, None] == chunk).to(normalized.dtype)
         # S Y without the votes of the samples for themselves; rounding can leave less than 0.
-        votes = (sums.times(one_hot) - sums.diagonal[:, None] * one_hot).clamp_min_(0)
+        votes = (similarity @ one_hot - self_similarity * one_hot).clamp_min_(0)
         target_votes += (votes * one_hot).sum(1)
         total += votes.sum(1)
         chunk_votes, chunk_winner = votes.max(1)

@@ -1,4 +1,8 @@
-"""Nearest neighbours re-ordered by context, without a queries x references matrix."""
+"""Re-ranking of nearest neighbors by contextual similarity, without a queries x references matrix.
+
+The contextual similarity is computed on neighbor lists: each neighborhood is a list of exactly k
+references, where a mask would include all ties.
+"""
 
 from __future__ import annotations
 
@@ -9,44 +13,45 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ._parts import parts
-from ._precision import full_precision
-from .contextual_similarity import agreement
+from ._kernels.chunks import row_chunks
+from ._kernels.precision import full_precision
+from ._neighborhoods import neighborhood_overlap
 
-# How many numbers a block of queries may take at a time, besides its results.
-BLOCK = 1 << 22
+CHUNK_NUMEL = 1 << 22  # numbers held per chunk of queries, in addition to the results
 
 
 class ReferenceIndex(NamedTuple):
-    """What re-ranking needs to know of R references, k neighbours each."""
+    """What re-ranking needs to know about R references with k neighbors each."""
 
     embeddings: Tensor
-    """(R, D), normalised."""
+    """(R, D), normalized."""
     neighbors: Tensor
     """(R, k) int64, the nearest references by cosine similarity, the reference itself first."""
     similarity: Tensor
-    """(R, k), in the same order."""
-    opinion: Tensor
-    """(R, k), how far each of those neighbours shares the reference's neighbourhood, in [0, 1]."""
-    reciprocal: Tensor
-    """(R, h) bool, which of the first h = max(k // 2, 1) have the reference among their first h."""
+    """(R, k), the cosine similarity of the neighbors."""
+    neighbor_weights: Tensor
+    """(R, k) in [0, 1], the overlap of each neighbor's neighborhood with the reference's."""
+    is_reciprocal_half: Tensor
+    """(R, h) bool, which of the first h = max(k // 2, 1) neighbors have the reference among their
+    first h."""
     candidates: Tensor
-    """(R, c >= k), as neighbors, and what comes next, for references that will be queries too."""
+    """(R, c >= k) int64, the neighbors and the next nearest references, for references that become
+    queries."""
     candidate_similarity: Tensor
     """(R, c)."""
 
 
-def nearest(query: Tensor, references: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest dot products of each query with the references, and whose they are.
+def knn_search(query: Tensor, references: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest dot products of each query with the references, and their indices.
 
-    Searched by faiss where it is installed and the tensors are on the CPU, by torch otherwise.
+    Uses faiss if it is installed and the tensors are float32 on the CPU, torch otherwise.
     """
     if (
         importlib.util.find_spec("faiss")
         and query.device.type == "cpu"
         and query.dtype == torch.float32
     ):
-        import faiss  # here, to stay light for those who search nothing
+        import faiss  # only here, to keep the package's import light
 
         index = faiss.IndexFlatIP(references.shape[1])
         index.add(references.contiguous().numpy())
@@ -54,22 +59,22 @@ def nearest(query: Tensor, references: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return torch.from_numpy(similarity), torch.from_numpy(indices)
     found = [
         (query[rows] @ references.T).topk(k, dim=1)
-        for rows in parts(len(query), len(references), BLOCK)
+        for rows in row_chunks(len(query), len(references), CHUNK_NUMEL)
     ]
     return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
 
 
 @full_precision
 def build_reference_index(
-    references: Tensor, num_neighbors: int, num_candidates: int = 0
+    references: Tensor, *, num_neighbors: int, num_candidates: int = 0
 ) -> ReferenceIndex:
-    """Find each reference's neighbours among the references and compare their neighbourhoods.
+    """Find each reference's neighbors among the references and compare their neighborhoods.
 
     Args:
         references: (R, D), any scale.
-        num_neighbors: k >= 1, the reference itself included; clamped to R.
-        num_candidates: how many of its nearest to remember for each reference, if more than k: what
-            :func:`contextual_rerank` need not search again where references are the queries.
+        num_neighbors: k >= 1, including the reference itself; clamped to R.
+        num_candidates: how many nearest references to store for each reference, if more than k.
+            :func:`contextual_rerank` does not search them again if references are the queries.
 
     Example:
         >>> import torch
@@ -80,33 +85,36 @@ def build_reference_index(
                 [2, 3],
                 [3, 2]])
     """
-    unit = normalize(references.detach())
-    k = min(num_neighbors, len(unit))
+    normalized = normalize(references.detach())
+    num_references = len(normalized)
+    k = min(num_neighbors, num_references)
     half = max(k // 2, 1)
-    found = nearest(unit, unit, max(k, min(num_candidates, len(unit))))
-    itself = torch.arange(len(unit), device=unit.device)[:, None]
-    candidate_similarity, candidates = _put_first(itself, *found)
+    self_index = torch.arange(num_references, device=normalized.device)[:, None]
+    found = knn_search(normalized, normalized, max(k, min(num_candidates, num_references)))
+    candidate_similarity, candidates = _self_first(self_index, *found)
     similarity, neighbors = candidate_similarity[:, :k], candidates[:, :k]
 
-    size = unit.new_full((), k)
-    opinion = torch.empty_like(similarity)
-    blocks = parts(len(unit), len(unit) + k * k, BLOCK)
-    table = unit.new_zeros(blocks[0].stop if blocks else 0, len(unit))
-    for rows in blocks:
-        shared = _count_shared(table, neighbors[rows], neighbors[neighbors[rows]])
-        opinion[rows] = agreement(shared, size, size, len(unit))
-    first = neighbors[:, :half]
-    reciprocal = (neighbors[first, :half] == itself[:, :, None]).any(2)
+    neighbor_weights = torch.empty_like(similarity)
+    size = normalized.new_full((), k)
+    chunks = row_chunks(num_references, num_references + k * k, CHUNK_NUMEL)
+    table = normalized.new_zeros(chunks[0].stop if chunks else 0, num_references)
+    for rows in chunks:
+        num_shared = _count_shared(table, neighbors[rows], neighbors[neighbors[rows]])
+        neighbor_weights[rows] = neighborhood_overlap(num_shared, size, size, num_references)
+    half_neighbors = neighbors[:, :half]
+    is_reciprocal_half = (neighbors[half_neighbors, :half] == self_index[:, :, None]).any(2)
     return ReferenceIndex(
-        unit, neighbors, similarity, opinion, reciprocal, candidates, candidate_similarity
-    )
+        normalized, neighbors, similarity, neighbor_weights, is_reciprocal_half,
+        candidates, candidate_similarity,
+    )  # fmt: skip
 
 
 @full_precision
 def contextual_rerank(
     query: Tensor,
-    graph: ReferenceIndex,
+    index: ReferenceIndex,
     k: int,
+    *,
     num_candidates: int = 100,
     distance_weight: float = 0.3,
     query_indices: Tensor | None = None,
@@ -115,107 +123,117 @@ def contextual_rerank(
 
     .. math:: d_{qr} = (1 - w)\,(1 - S_{qr}) + w\,\tfrac12(1 - \cos_{qr})
 
-    with S the :func:`contextual_similarity_from_distances` (slack 0) of queries and references,
-    worked out for each query's nearest candidates alone. Neighbourhoods are lists of exactly k
-    references here: of equally distant ones at the end of a list, some are left out.
+    S is the :func:`contextual_similarity` (without slack) of queries and references, computed for
+    each query's nearest candidates only.
 
     Args:
         query: (Q, D), any scale.
-        graph: the references.
-        k: how many neighbours to return; clamped to R.
-        num_candidates: how many of the nearest references by cosine similarity to order anew, if
-            more than k. What lies beyond them counts as having no context in common.
-        distance_weight: w in [0, 1]. With 1, the order is by distance alone.
-        query_indices: (Q,) int64, where the queries are among the references, if they are.
+        index: the references.
+        k: how many neighbors to return; clamped to R.
+        num_candidates: how many of the nearest references by cosine similarity to re-rank, if more
+            than k. The context of farther references counts as 0.
+        distance_weight: w in [0, 1]. With 1, only the distance counts.
+        query_indices: (Q,) int64, the indices of the queries among the references, if they are
+            references.
 
     Returns:
         (Q, k) distances in [0, 1], ascending, and (Q, k) int64 indices of references. A query that
-        is a reference finds itself.
+        is a reference finds itself first.
 
-    Source: ours, in the place of k-reciprocal re-ranking (Zhong et al. 2017, arXiv 1701.08398).
+    Source: ours, as an alternative to k-reciprocal re-ranking (Zhong et al. 2017, arXiv
+    1701.08398).
 
     Example:
         >>> import torch
         >>> references = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
-        >>> graph = build_reference_index(references, num_neighbors=2)
-        >>> contextual_rerank(torch.tensor([[1.0, 0.3]]), graph, k=2)[1]
+        >>> index = build_reference_index(references, num_neighbors=2)
+        >>> contextual_rerank(torch.tensor([[1.0, 0.3]]), index, k=2)[1]
         tensor([[1, 0]])
     """
-    num_references, num_neighbors = graph.neighbors.shape
-    half = graph.reciprocal.shape[1]
+    num_references, num_neighbors = index.neighbors.shape
+    half = index.is_reciprocal_half.shape[1]
     k = min(k, num_references)
-    unit = normalize(query.detach()).to(graph.embeddings.dtype)
-    wanted = min(max(k, num_candidates, num_neighbors), num_references)
-    if query_indices is not None and graph.candidates.shape[1] >= wanted:
-        similarity = graph.candidate_similarity[query_indices, :wanted]
-        candidates = graph.candidates[query_indices, :wanted]
+    normalized = normalize(query.detach()).to(index.embeddings.dtype)
+    c = min(max(k, num_candidates, num_neighbors), num_references)
+    if query_indices is not None and index.candidates.shape[1] >= c:
+        similarity = index.candidate_similarity[query_indices, :c]
+        candidates = index.candidates[query_indices, :c]
     else:
-        similarity, candidates = nearest(unit, graph.embeddings, wanted)
+        similarity, candidates = knn_search(normalized, index.embeddings, c)
         if query_indices is not None:
-            similarity, candidates = _put_first(query_indices[:, None], similarity, candidates)
-    size = unit.new_full((), num_neighbors)
-    radius, half_radius = graph.similarity[:, -1], graph.similarity[:, half - 1]
+            similarity, candidates = _self_first(query_indices[:, None], similarity, candidates)
+    radius, half_radius = index.similarity[:, -1], index.similarity[:, half - 1]  # (R,)
+    size = normalized.new_full((), num_neighbors)
 
     distances = torch.empty_like(similarity)
-    blocks = parts(len(query), num_references + candidates.shape[1] * num_neighbors, BLOCK)
-    table = unit.new_zeros(blocks[0].stop if blocks else 0, num_references)
-    for rows in blocks:
-        nearby, cosine = candidates[rows], similarity[rows]
-        theirs = graph.neighbors[nearby]
-        near = nearby[:, :num_neighbors]
+    chunks = row_chunks(len(query), num_references + c * num_neighbors, CHUNK_NUMEL)
+    table = normalized.new_zeros(chunks[0].stop if chunks else 0, num_references)
+    for rows in chunks:
+        candidate, cosine = candidates[rows], similarity[rows]  # (B, c)
+        ref_neighbors = index.neighbors[candidate]  # (B, c, k)
         if query_indices is None:
-            trusts_back = cosine[:, :half] >= half_radius[nearby[:, :half]]
-            knows_back = cosine >= radius[nearby]
+            query_neighbors = candidate[:, :num_neighbors]
+            is_reciprocal_half = cosine[:, :half] >= half_radius[candidate[:, :half]]
+            in_ref_knn = cosine >= radius[candidate]
         else:
-            own = query_indices[rows]
-            near = graph.neighbors[own]
-            trusts_back = graph.reciprocal[own]
-            knows_back = (theirs == own[:, None, None]).any(2)
+            self_index = query_indices[rows]
+            query_neighbors = index.neighbors[self_index]
+            is_reciprocal_half = index.is_reciprocal_half[self_index]
+            in_ref_knn = (ref_neighbors == self_index[:, None, None]).any(2)
 
-        # What the query's closest reciprocal neighbours think of each reference.
-        votes = trusts_back.to(cosine.dtype)
-        votes = votes / votes.sum(1, keepdim=True).clamp_min(1)
-        counsel = near[:, :half]
-        advice = votes[:, :, None] * graph.opinion[counsel]
-        forth = _sums(table, graph.neighbors[counsel], advice, nearby)
-        # What each reference's closest reciprocal neighbours think of the query.
-        shared = _count_shared(table, near, theirs)
-        opinion = agreement(shared, size, size, num_references) * knows_back
-        asked = graph.reciprocal[nearby].to(cosine.dtype)
-        answers = _sums(table, nearby, opinion, theirs[:, :, :half])
-        back = (asked * answers).sum(2) / asked.sum(2).clamp_min(1)
+        # J_qr: local query expansion, the mean of the weights W of the query's closest reciprocal
+        # neighbors for each candidate
+        expansion = query_neighbors[:, :half]
+        expansion_weights = is_reciprocal_half.to(cosine.dtype)
+        expansion_weights /= expansion_weights.sum(1, keepdim=True).clamp_min(1)
+        expanded_weights = expansion_weights[:, :, None] * index.neighbor_weights[expansion]
+        query_to_ref = _scatter_gather(
+            table, index.neighbors[expansion], expanded_weights, candidate
+        )
+        # J_rq: the same from each candidate to the query
+        num_shared = _count_shared(table, query_neighbors, ref_neighbors)
+        query_weights = neighborhood_overlap(num_shared, size, size, num_references) * in_ref_knn
+        ref_reciprocal = index.is_reciprocal_half[candidate].to(cosine.dtype)  # (B, c, h)
+        ref_weights = _scatter_gather(table, candidate, query_weights, ref_neighbors[:, :, :half])
+        ref_to_query = (ref_reciprocal * ref_weights).sum(2)
+        ref_to_query /= ref_reciprocal.sum(2).clamp_min(1)
 
-        context = (forth + back) / 2
+        context = (query_to_ref + ref_to_query) / 2
         distances[rows] = (1 - distance_weight) * (1 - context) + distance_weight * (1 - cosine) / 2
     distances, order = distances.sort(dim=1, stable=True)
     return distances[:, :k], candidates.gather(1, order)[:, :k]
 
 
-def _put_first(itself: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Make each row's own index its first: rounding and duplicates can put others before it."""
-    is_own = indices == itself
-    place = torch.where(is_own.any(1), is_own.long().argmax(1), indices.shape[1] - 1)[:, None]
-    column = torch.arange(indices.shape[1], device=indices.device)
-    # Everything before the place moves back by one.
-    source = torch.where(column == 0, place, torch.where(column <= place, column - 1, column))
-    values, indices = values.gather(1, source), indices.gather(1, source)
-    indices[:, :1] = itself
-    values[:, 0] = torch.maximum(values[:, 0], values.amax(1))
-    return values, indices
+def _self_first(self_index: Tensor, similarity: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Move each row's own index, (Q, 1), to the front of its neighbor list, (Q, c).
+
+    Rounding and duplicates can put others before it, or push it out of the list.
+    """
+    is_self = indices == self_index
+    is_self[:, -1] |= ~is_self.any(1)  # it replaces the last one
+    order = is_self.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    similarity, indices = similarity.gather(1, order), indices.gather(1, order)
+    indices[:, :1] = self_index
+    similarity[:, 0] = similarity.amax(1)
+    return similarity, indices
 
 
-def _count_shared(table: Tensor, near: Tensor, theirs: Tensor) -> Tensor:
-    """(B, L): how many of row b's k neighbours, (B, k), are among the k of l, (B, L, k)."""
-    return _sums(table, near, table.new_ones(()).expand(near.shape), theirs).sum(2)
+def _count_shared(table: Tensor, neighbors: Tensor, other_neighbors: Tensor) -> Tensor:
+    """(B, L): how many of row b's neighbors, (B, k), are among the k neighbors of l, (B, L, k)."""
+    ones = table.new_ones(()).expand(neighbors.shape)
+    return _scatter_gather(table, neighbors, ones, other_neighbors).sum(2)
 
 
-def _sums(table: Tensor, at: Tensor, values: Tensor, wanted: Tensor) -> Tensor:
-    """Sum up row b's ``values`` by what they are ``at``, both (B, ...), and read the sums of those
-    that are ``wanted``, (B, ...). ``table`` has a row for each of the B, or more, and a column for
-    each sum; it holds zeros, and does again."""
-    sums = table[: len(at)]
-    at = at.flatten(1)
-    sums.scatter_add_(1, at, values.flatten(1))
+def _scatter_gather(table: Tensor, index: Tensor, values: Tensor, wanted: Tensor) -> Tensor:
+    """Sum each row's ``values`` by ``index``, both (B, ...), and read the sums at ``wanted``.
+
+    Args:
+        table: (B or more, R) zeros, reused to save time; all zeros again afterwards.
+        wanted: (B, ...), indices like ``index``.
+    """
+    sums = table[: len(index)]
+    index = index.flatten(1)
+    sums.scatter_add_(1, index, values.flatten(1))
     found = sums.gather(1, wanted.flatten(1)).view(wanted.shape)
-    sums.scatter_(1, at, 0)  # quicker than new zeros, where few of them are used
+    sums.scatter_(1, index, 0)
     return found

@@ -55,7 +55,6 @@ class LabelNoiseDetector(HyperparametersMixin, torch.nn.Module):
         tensor(1)
     """
 
-    hyperparameters = ("num_neighbors",)
     labels: Tensor
     num_updates: Tensor
     scores: Tensor

@@ -2,50 +2,42 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
-from pytorch_metric_learning.distances import CosineSimilarity
-from pytorch_metric_learning.losses import BaseMetricLossFunction, WeightRegularizerMixin
-from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from .._component import (
-    HyperparametersMixin,
-    OptimizerReminder,
-    check_class_labels,
-    check_count,
-    check_embeddings,
-    require,
-)
-from .._distributed import joined_batch
+from .._component import OptimizerReminder, check_class_labels
 from ..functional import center_contrastive_loss, moving_class_means, pairwise_cosine
+from ..functional._distributed import gather_batch
+from ._base_center_contrastive_loss import BaseCenterContrastiveLoss
 
 
-class CenterContrastiveLoss(HyperparametersMixin, WeightRegularizerMixin, BaseMetricLossFunction):
-    r"""Contrasts each embedding with one center a class, and pulls it to its own.
+class CenterContrastiveLoss(BaseCenterContrastiveLoss):
+    r"""Learns one center per class. Contrasts each embedding with all centers, pulls it to its own.
 
     .. math:: \ell_i = -\log\frac{e^{s(\cos_{iy_i} - m)}}
         {e^{s(\cos_{iy_i} - m)} + \sum_{j \ne y_i} e^{s\cos_{ij}}} + \lambda\,|x_i - c_{y_i}|^2
 
-    The bank of centers moves in one of two ways:
+    The centers move in one of two ways:
 
-    - ``center_update="gradient"``: ``centers`` is a Parameter. **Give it to an optimizer**, or it
-      never moves; in PML's trainers the optimizer's key is ``metric_loss_optimizer``. (A warning
-      comes after 100 steps of gradients without a move.) Its learning rate decides a lot: after
-      three epochs on Omniglot, precision@1 on unseen classes was .409 at 0.01, and .457 at 0.1 and
-      at 1 (Adam, one seed). Use no weight decay: the loss does not see the centers' lengths, so
-      decay only shrinks them and speeds their turning up. Under PML's DistributedLossWrapper their
-      gradient comes out multiplied by the number of processes, as that of all PML's proxies: divide
-      the learning rate of an optimizer that is not scale-free.
-    - ``center_update="ema"``: ``centers`` is a buffer, and before each comparison a class's
-      center becomes the normalised moving average of its embeddings. No optimizer is needed. A
-      class takes part once it has been seen. In eval mode the bank stands still. Under
-      torch.distributed the averages are over the batches of all processes, any of which may be
-      empty, and the banks are equal to the last bit; all processes must call the loss, in training,
-      as often. The averages are taken in float64, which some devices (MPS) have not.
+    - ``center_update="gradient"``: ``centers`` is a Parameter. **Give it to an optimizer**, or the
+      centers never move; in PML's trainers the optimizer's key is ``metric_loss_optimizer``. (A
+      warning comes after 100 steps with gradients but without a move.) The learning rate matters:
+      after three epochs on Omniglot, precision@1 on unseen classes was 0.409 at 0.01, and 0.457 at
+      0.1 and at 1 (Adam, one seed). Use no weight decay: only the directions of the centers count,
+      so decay shrinks them and makes them turn faster. Under PML's DistributedLossWrapper the
+      centers' gradient is multiplied by the number of processes, like that of all PML's proxies:
+      divide the learning rate, unless the optimizer is scale-free.
+    - ``center_update="ema"``: ``centers`` is a buffer. Before each comparison the centers of the
+      batch's classes become the normalized exponential moving average of their embeddings. No
+      optimizer is needed. A class takes part in the softmax once it has been seen. In eval mode the
+      centers do not move. Under torch.distributed the averages are over the batches of all
+      processes, which may be empty, and the centers stay equal bit by bit; all processes must call
+      the loss, in training mode, equally often. The averages are computed in float64, which some
+      devices (MPS) do not support.
 
     Args:
         num_classes: C >= 1; labels lie in [0, C).
@@ -54,29 +46,29 @@ class CenterContrastiveLoss(HyperparametersMixin, WeightRegularizerMixin, BaseMe
         margin: m >= 0, in units of cosine similarity.
         center_weight: :math:`\lambda` >= 0.
         center_update: "gradient" or "ema".
-        momentum: in [0, 1], how much of a center "ema" mode keeps at each batch of its class.
-        label_smoothing: in [0, 1), the share of the target that goes to all classes alike.
+        momentum: in [0, 1], how much of an EMA center is kept at each batch of its class.
+        label_smoothing: in [0, 1), the fraction of the target that is spread over all classes.
         **kwargs: PML's ``reducer``, ``embedding_regularizer``, ``weight_regularizer`` (on the
             centers, "gradient" mode only), ``weight_init_func``, ``collect_stats``. For class
             weights use PML's ``ClassWeightedReducer``.
 
     Attributes:
         centers: (C, D), of any length; only their directions count.
-        class_counts: (C,) int64, in "ema" mode: how many embeddings each class has had.
+        class_counts: (C,) int64, in "ema" mode: how many embeddings are in each center.
 
     Default distance: ``CosineSimilarity()``, the only one. Default reducer: ``MeanReducer``.
-    Reducer input: **loss**, an element a sample. Tuples from a miner weight the samples. Statistics
-    for the log: ``avg_center_similarity`` (to the own center) and ``center_accuracy`` (share of
-    samples nearest to their own center).
+    Reducer input: **loss**, one element per sample. Tuples from a miner weight the samples.
+    Statistics for the log: ``avg_center_similarity`` (to the sample's own center) and
+    ``center_accuracy`` (fraction of samples that are nearest to their own center).
 
     Raises:
         ValueError: for a label outside [0, C) (labels on a GPU are left to its own check),
-            embeddings of another size, ``ref_emb``, or a setting out of range.
+            embeddings of another size, ``ref_emb``, or a hyperparameter out of range.
 
     Source: arXiv 2308.00458, whose body was not available to us. The equation is its Equation (5)
     as three independent re-implementations state it, plus a constant; the defaults of s, m and
-    :math:`\lambda` are inferred from those too. Of the two readings of "updated in real time",
-    "gradient" is theirs. Label smoothing is ours.
+    :math:`\lambda` are inferred from those too. The abstract's "updated in real time" has two
+    readings; "gradient" is that of the re-implementations. Label smoothing is ours.
 
     Example:
         >>> import torch
@@ -88,74 +80,15 @@ class CenterContrastiveLoss(HyperparametersMixin, WeightRegularizerMixin, BaseMe
         >>> optimizer.step()
     """
 
-    hyperparameters = (
-        "num_classes",
-        "embedding_size",
-        "scale",
-        "margin",
-        "center_weight",
-        "center_update",
-        "momentum",
-        "label_smoothing",
-    )
-
-    centers: Tensor
-    class_counts: Tensor
-
-    def __init__(
-        self,
-        num_classes: int,
-        embedding_size: int,
-        *,
-        scale: float = 16.0,
-        margin: float = 0.2,
-        center_weight: float = 1.5,
-        center_update: str = "gradient",
-        momentum: float = 0.9,
-        label_smoothing: float = 0.0,
-        **kwargs: Any,
-    ) -> None:
-        check_count("num_classes", num_classes)
-        check_count("embedding_size", embedding_size)
-        require(0 < scale < math.inf, "scale", "be positive and finite", scale)
-        require(0 <= margin < math.inf, "margin", "lie in [0, inf)", margin)
-        require(0 <= center_weight < math.inf, "center_weight", "lie in [0, inf)", center_weight)
-        require(0 <= momentum <= 1, "momentum", "lie in [0, 1]", momentum)
-        require(0 <= label_smoothing < 1, "label_smoothing", "lie in [0, 1)", label_smoothing)
-        require(
-            center_update in ("gradient", "ema"),
-            "center_update",
-            'be "gradient" or "ema"',
-            center_update,
-        )
-        super().__init__(**kwargs)
-        c_f.assert_distance_type(self, CosineSimilarity, p=2, power=1)
-        self.num_classes = num_classes
-        self.embedding_size = embedding_size
-        self.scale = scale
-        self.margin = margin
-        self.center_weight = center_weight
-        self.center_update = center_update
-        self.momentum = momentum
-        self.label_smoothing = label_smoothing
-        self.add_to_recordable_attributes(list_of_names=list(self.hyperparameters))
-        self.add_to_recordable_attributes(
-            list_of_names=["avg_center_similarity", "center_accuracy"], is_stat=True
-        )
-        if center_update == "ema" and self.weight_regularizer is not None:
-            raise ValueError('weight_regularizer needs center_update="gradient"')
-        self.make_bank()
-
-    def make_bank(self) -> None:
-        """Set ``centers`` and, in "ema" mode, ``class_counts``."""
+    def _make_centers(self) -> None:
         centers = torch.zeros(self.num_classes, self.embedding_size)
-        if self.center_update == "gradient":
-            self.centers = torch.nn.Parameter(centers)
-            self.weight_init_func(self.centers)
-            self._optimizer_reminder = OptimizerReminder("the centers", type(self).__name__)
-        else:
+        if self.uses_ema:
             self.register_buffer("centers", centers)
             self.register_buffer("class_counts", torch.zeros(self.num_classes, dtype=torch.long))
+        else:
+            self.centers = torch.nn.Parameter(centers)
+            self.weight_init_func(self.centers)
+            self._optimizer_reminder = OptimizerReminder()
 
     def forward(
         self,
@@ -166,88 +99,46 @@ class CenterContrastiveLoss(HyperparametersMixin, WeightRegularizerMixin, BaseMe
         ref_labels: Tensor | None = None,
     ) -> Tensor:
         check_class_labels(labels, self.num_classes)
-        if self.training and self.center_update == "gradient":
-            self._optimizer_reminder.check(self.centers)
+        if self.training and not self.uses_ema:
+            self._optimizer_reminder.check(self.centers, f"the centers of {type(self).__name__}")
         return super().forward(embeddings, labels, indices_tuple, ref_emb, ref_labels)
 
-    def compute_loss(
-        self,
-        embeddings: Tensor,
-        labels: Tensor,
-        indices_tuple: tuple[Tensor, ...] | None,
-        ref_emb: Tensor,
-        ref_labels: Tensor,
-    ) -> dict[str, dict[str, Any]]:
-        c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
-        check_embeddings(embeddings, self.embedding_size)
-        labels = labels.long()
-        uses_ema = self.training and self.center_update == "ema"
-        if len(embeddings) == 0:
-            if uses_ema:  # the other processes wait for this one's share
-                self.update_centers(embeddings, labels)
-            return self.zero_losses()
-        # Before any state moves, because a wrong tuple raises here.
-        dtype = torch.promote_types(embeddings.dtype, self.centers.dtype)
-        weights = self.sample_weights(indices_tuple, labels, dtype)
-        if uses_ema:
-            self.update_centers(embeddings, labels)
-        losses = self.sample_losses(embeddings, labels)
-        if self.collect_stats:
-            self.set_stats(embeddings, labels)
-        loss_dict = {
-            "loss": {
-                "losses": losses * weights,
-                "indices": c_f.torch_arange_from_size(embeddings),
-                "reduction_type": "element",
-            }
-        }
-        self.add_weight_regularization_to_loss_dict(loss_dict, self.centers)
-        return loss_dict
-
-    def sample_losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """(N,), before weights."""
+    def _sample_losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         return center_contrastive_loss(
             embeddings,
             self.centers,
             labels,
-            self.scale,
-            self.margin,
-            self.center_weight,
-            self.label_smoothing,
-            seen=self.seen_classes(),
+            scale=self.scale,
+            margin=self.margin,
+            center_weight=self.center_weight,
+            label_smoothing=self.label_smoothing,
+            class_mask=self.class_counts > 0 if self.uses_ema else None,
         )
 
-    def sample_weights(
-        self, indices_tuple: tuple[Tensor, ...] | None, labels: Tensor, dtype: torch.dtype
-    ) -> Tensor:
-        """(N,), in [0, 1]: how often a miner's tuple has each sample."""
+    def _sample_weights(self, indices_tuple: Any, labels: Tensor, dtype: torch.dtype) -> Tensor:
         return lmu.convert_to_weights(indices_tuple, labels, dtype=dtype)
 
     @torch.no_grad()
     def update_centers(self, embeddings: Tensor, labels: Tensor) -> None:
-        """Move the centers of the batch's classes, as "ema" mode does at each forward."""
-        embeddings, labels = joined_batch(embeddings.to(self.centers.dtype), labels)
-        unit = torch.nn.functional.normalize(embeddings)
+        """Update the EMA centers of the classes of a batch, (N, D) and (N,)."""
+        embeddings, labels = gather_batch(embeddings.to(self.centers.dtype), labels)
         self.centers[labels], self.class_counts[labels] = moving_class_means(
-            self.centers, self.class_counts, unit, labels, self.momentum, normalize=True
+            self.centers,
+            self.class_counts,
+            normalize(embeddings),
+            labels,
+            momentum=self.momentum,
+            normalize=True,
         )
-
-    def seen_classes(self) -> Tensor | None:
-        """(C,) bool, which classes have a center yet; None if all have."""
-        return self.class_counts > 0 if self.center_update == "ema" else None
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """(N, C) logits without margin: the scaled cosine similarities; -inf for unseen classes."""
         logits = self.scale * pairwise_cosine(embeddings, self.centers)
-        seen = self.seen_classes()
-        return logits if seen is None else logits.masked_fill(~seen, float("-inf"))
+        return logits.masked_fill(self.class_counts == 0, -torch.inf) if self.uses_ema else logits
 
     @torch.no_grad()
-    def set_stats(self, embeddings: Tensor, labels: Tensor) -> None:
+    def _set_stats(self, embeddings: Tensor, labels: Tensor) -> None:
         logits = self.get_logits(embeddings)
-        own = logits.gather(1, labels[:, None]).squeeze(1)
-        self.avg_center_similarity = own.clamp_min(-self.scale).mean().item() / self.scale
+        target = logits.gather(1, labels[:, None]).squeeze(1)
+        self.avg_center_similarity = target.clamp_min(-self.scale).mean().item() / self.scale
         self.center_accuracy = (logits.argmax(1) == labels).float().mean().item()
-
-    def get_default_distance(self) -> CosineSimilarity:
-        return CosineSimilarity()

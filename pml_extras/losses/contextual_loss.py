@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import Any
 
@@ -13,70 +12,68 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
-from .._component import HyperparametersMixin, check_count, check_embeddings, require
-from ..functional import (
-    contextual_loss,
-    contextual_similarity,
-    contrastive_loss,
-    mean_similarity_loss,
-    pairwise_cosine,
-    sparse_contextual_loss,
-    sparse_contrastive_loss,
-    sparse_pays,
+from .._component import (
+    HyperparametersMixin,
+    check_count,
+    check_embeddings,
+    check_non_negative,
+    require,
 )
-from ..functional.contextual_similarity import neighborhood_mask
-from ..functional.copies import exact_copies
+from ..functional import contextual_loss, contextual_similarity, pairwise_cosine
+from ..functional._neighborhoods import knn_radii
 
 
 class ContextualLoss(HyperparametersMixin, BaseMetricLossFunction):
-    r"""Makes the neighbourhoods of a class agree, beside pulling its members together.
+    r"""Trains samples of a class to share neighbors, and pulls them together.
 
     .. math:: L = \lambda L_\mathrm{context} + \beta L_\mathrm{contrast}
         + \gamma L_\mathrm{similarity}
 
-    - :math:`L_\mathrm{context}`: squared error of the contextual similarity, which says how far two
-      samples share neighbours, as a prediction of "same class"
-      (:func:`pml_extras.functional.contextual_loss`);
+    - :math:`L_\mathrm{context}`: the squared error of the contextual similarity, the overlap of two
+      samples' neighborhoods, as a prediction of "same class".
     - :math:`L_\mathrm{contrast}`: positive pairs above ``pos_margin``, negative pairs below
-      ``neg_margin``, each a mean over the active pairs: PML's ``ContrastiveLoss``;
-    - :math:`L_\mathrm{similarity}`: squared distance of the mean similarity from its target.
+      ``neg_margin``, each a mean over the active pairs, as in PML's ``ContrastiveLoss``.
+    - :math:`L_\mathrm{similarity}`: the squared distance of the mean similarity from its target.
 
-    Sample every class of a batch ``num_neighbors`` times or more (``MPerClassSampler``): a sample
-    with fewer positives must have strangers among its neighbours, and the loss cannot reach zero.
-    If the log shows neighbourhoods as large as the batch, the embeddings are too concentrated for
-    the slack: lower it.
+    The equations are in :func:`pml_extras.functional.contextual_loss`.
 
-    With ``ref_emb``, neighbours are references: in a :class:`CrossBatchMemory` the whole memory is
-    the context. References that equal a sample to the last bit count as the sample itself.
+    Sample each class of a batch ``num_neighbors`` times or more (``MPerClassSampler``). A sample
+    with fewer positives must have negatives among its neighbors, and the loss cannot reach zero. If
+    the log shows neighborhoods as large as the batch, the embeddings are too concentrated for the
+    slack: lower it.
 
-    Large batches with small neighbourhoods and classes take a sparse way to the same loss and
-    gradient; that and the dense way within a batch cannot be differentiated twice.
+    With ``ref_emb``, neighbors are references: in a :class:`CrossBatchMemory` they come from the
+    whole memory. References that equal a sample bit by bit count as the sample itself.
+
+    Large batches with small neighborhoods and classes are computed with sparse matrices, with the
+    same loss and gradient. The loss cannot be differentiated twice within a batch; for that, use
+    the function with ``implementation="reference"``.
 
     Args:
-        num_neighbors: k >= 1, the sample itself included. Clamped to the batch, with a warning.
+        num_neighbors: k >= 1, including the sample itself. Clamped to the batch, with a warning.
         neighborhood_slack: eps >= 0, in units of squared distance between unit vectors.
         contextual_weight: :math:`\lambda` >= 0.
         contrastive_weight: :math:`\beta` >= 0; the authors' is :math:`1 - \lambda - \gamma`.
         similarity_weight: :math:`\gamma` >= 0.
         pos_margin, neg_margin: in [-1, 1], cosine similarities.
-        target_similarity: in [-1, 1].
+        target_similarity: in [-1, 1], a cosine similarity.
         **kwargs: PML's ``reducer``, ``embedding_regularizer``, ``collect_stats``.
 
     Default distance: ``CosineSimilarity()``, the only one. Default reducer: ``MeanReducer``.
-    Reducer input, each an element a sample and weighted: **contextual_loss**, **contrastive_loss**,
+    Reducer input, one element per sample and weighted: **contextual_loss**, **contrastive_loss**,
     **similarity_loss** (the same for all samples). Tuples from a miner choose the pairs of the
-    contrastive term; the other two need the whole batch. Statistics for the log:
+    contrastive term; the other two terms need the whole batch. Statistics for the log:
     ``avg_neighborhood_size``, ``avg_pos_context`` and ``avg_neg_context`` (mean contextual
-    similarity of positive and negative pairs) and ``avg_similarity``. They are of the whole (N, N)
-    matrices, so ``collect_stats`` costs about another forward pass and their memory.
+    similarity of positive and negative pairs) and ``avg_similarity``. They need the whole (N, N)
+    matrices: ``collect_stats`` costs about another forward pass and their memory.
 
     Raises:
         ValueError: without labels, with ``ref_emb`` but no ``ref_labels``, for embeddings that are
-            no rows of floating-point numbers, or for a setting out of range.
+            not rows of floating-point numbers, or for a hyperparameter out of range.
 
     Source: arXiv 2210.01908 and its authors' code, whose settings for 256-pixel images are the
-    defaults. Unlike there, all batches give finite values: N < k, k = 1, and neighbourhoods of the
-    whole batch too. References and the closed form of the gradient are ours.
+    defaults. Unlike theirs, all batches give finite values: N < k, k = 1, and neighborhoods of the
+    whole batch too. References and the hand-derived gradients are ours.
 
     Example:
         >>> import torch
@@ -86,17 +83,6 @@ class ContextualLoss(HyperparametersMixin, BaseMetricLossFunction):
         >>> labels = torch.arange(8).repeat_interleave(4)
         >>> loss_func(embeddings, labels).backward()
     """
-
-    hyperparameters = (
-        "num_neighbors",
-        "neighborhood_slack",
-        "contextual_weight",
-        "contrastive_weight",
-        "similarity_weight",
-        "pos_margin",
-        "neg_margin",
-        "target_similarity",
-    )
 
     def __init__(
         self,
@@ -112,19 +98,17 @@ class ContextualLoss(HyperparametersMixin, BaseMetricLossFunction):
         **kwargs: Any,
     ) -> None:
         check_count("num_neighbors", num_neighbors)
-        for name, value in {
-            "neighborhood_slack": neighborhood_slack,
-            "contextual_weight": contextual_weight,
-            "contrastive_weight": contrastive_weight,
-            "similarity_weight": similarity_weight,
-        }.items():
-            require(0 <= value < math.inf, name, "not be negative", value)
-        for name, value in {
-            "pos_margin": pos_margin,
-            "neg_margin": neg_margin,
-            "target_similarity": target_similarity,
-        }.items():
-            require(-1 <= value <= 1, name, "lie in [-1, 1]", value)
+        check_non_negative(
+            neighborhood_slack=neighborhood_slack,
+            contextual_weight=contextual_weight,
+            contrastive_weight=contrastive_weight,
+            similarity_weight=similarity_weight,
+        )
+        require(-1 <= pos_margin <= 1, "pos_margin", "lie in [-1, 1]", pos_margin)
+        require(-1 <= neg_margin <= 1, "neg_margin", "lie in [-1, 1]", neg_margin)
+        require(
+            -1 <= target_similarity <= 1, "target_similarity", "lie in [-1, 1]", target_similarity
+        )
         super().__init__(**kwargs)
         c_f.assert_distance_type(self, CosineSimilarity, p=2, power=1)
         self.num_neighbors = num_neighbors
@@ -135,17 +119,10 @@ class ContextualLoss(HyperparametersMixin, BaseMetricLossFunction):
         self.pos_margin = pos_margin
         self.neg_margin = neg_margin
         self.target_similarity = target_similarity
-        self.add_to_recordable_attributes(list_of_names=list(self.hyperparameters))
-        self.add_to_recordable_attributes(
-            list_of_names=[
-                "avg_neighborhood_size",
-                "avg_pos_context",
-                "avg_neg_context",
-                "avg_similarity",
-            ],
-            is_stat=True,
-        )
-        self._seen_batch = self._warned_of_clamping = False
+        self.add_to_recordable_attributes(list_of_names=list(self.hyperparameters()))
+        stats = ["avg_neighborhood_size", "avg_pos_context", "avg_neg_context", "avg_similarity"]
+        self.add_to_recordable_attributes(list_of_names=stats, is_stat=True)
+        self._checked_class_sizes = self._warned_of_clamping = False
 
     def compute_loss(
         self,
@@ -162,38 +139,27 @@ class ContextualLoss(HyperparametersMixin, BaseMetricLossFunction):
             raise ValueError("ref_labels are required with ref_emb")
         if len(embeddings) == 0 or len(ref_emb) == 0:
             return self.zero_losses()
-        self.check_batch(ref_labels)
-        to_self = ref_emb is embeddings and ref_labels is labels
-        k, slack = self.num_neighbors, self.neighborhood_slack
-        is_sparse = to_self and sparse_pays(embeddings, labels, k, slack)
-        if is_sparse:
-            context_losses = sparse_contextual_loss(embeddings, labels, k, slack)
-        if is_sparse and indices_tuple is None:
-            contrast_losses = sparse_contrastive_loss(
-                embeddings, labels, self.pos_margin, self.neg_margin
-            )
-        else:
-            similarities = pairwise_cosine(embeddings, None if to_self else ref_emb)
-            positives, negatives = _pair_weights(similarities, labels, ref_labels, indices_tuple)
-            contrast_losses = contrastive_loss(
-                similarities, positives, negatives, self.pos_margin, self.neg_margin
-            )
-        if not is_sparse:
-            references = (
-                (None, None, None)
-                if to_self
-                else (pairwise_cosine(ref_emb), ref_labels, exact_copies(embeddings, ref_emb))
-            )
-            context_losses = contextual_loss(similarities, labels, k, slack, *references)
+        self._check_batch(ref_labels)
+        within_batch = ref_emb is embeddings and ref_labels is labels
+        terms = contextual_loss(
+            embeddings,
+            labels,
+            None if within_batch else ref_emb,
+            None if within_batch else ref_labels,
+            _pair_weights(embeddings, labels, ref_labels, indices_tuple),
+            num_neighbors=self.num_neighbors,
+            slack=self.neighborhood_slack,
+            pos_margin=self.pos_margin,
+            neg_margin=self.neg_margin,
+            target_similarity=self.target_similarity,
+        )
         if self.collect_stats:
-            self.set_stats(embeddings, labels, None if to_self else ref_emb, ref_labels)
+            self._set_stats(embeddings, labels, None if within_batch else ref_emb, ref_labels)
         sub_losses = {
-            "contextual_loss": self.contextual_weight * context_losses,
-            "contrastive_loss": self.contrastive_weight * contrast_losses,
+            "contextual_loss": self.contextual_weight * terms.contextual,
+            "contrastive_loss": self.contrastive_weight * terms.contrastive,
             "similarity_loss": self.similarity_weight
-            * mean_similarity_loss(
-                embeddings, self.target_similarity, None if to_self else ref_emb
-            ).expand(len(embeddings)),
+            * terms.mean_similarity.expand(len(embeddings)),
         }
         return {
             name: {
@@ -204,38 +170,38 @@ class ContextualLoss(HyperparametersMixin, BaseMetricLossFunction):
             for name, losses in sub_losses.items()
         }
 
-    def check_batch(self, labels: Tensor) -> None:
-        """Warn, once, of batches that the number of neighbours does not suit."""
+    def _check_batch(self, labels: Tensor) -> None:
+        """Warn once if the number of neighbors does not suit the batch."""
         k = self.num_neighbors
         if len(labels) < k and not self._warned_of_clamping:
             self._warned_of_clamping = True
             warnings.warn(
                 f"num_neighbors={k} is clamped: the batch holds {len(labels)}", stacklevel=2
             )
-        elif not self._seen_batch:  # once, because on a GPU the host waits for the answer
+        elif not self._checked_class_sizes:  # once, because on a GPU the host waits for the answer
             largest_class = int(torch.unique(labels, return_counts=True)[1].max())
             if largest_class < k:
                 warnings.warn(
-                    f"num_neighbors={k} is more than the {largest_class} samples that a class has"
-                    " in this batch: strangers must be among the neighbours",
+                    f"num_neighbors={k} is more than the {largest_class} samples per class in this"
+                    " batch: negatives must be among the neighbors",
                     stacklevel=2,
                 )
-        self._seen_batch = True
+        self._checked_class_sizes = True
 
     @torch.no_grad()
-    def set_stats(
+    def _set_stats(
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None, ref_labels: Tensor
     ) -> None:
         k, slack = self.num_neighbors, self.neighborhood_slack
         similarities = pairwise_cosine(embeddings, ref_emb)
-        context = contextual_similarity(
-            similarities, k, slack, None if ref_emb is None else pairwise_cosine(ref_emb)
-        )
-        near = neighborhood_mask((2 - 2 * similarities).clamp_min(0), k, slack)
+        distances = (2 - 2 * similarities).clamp_min(0)
+        ref_distances = None if ref_emb is None else (2 - 2 * pairwise_cosine(ref_emb)).clamp_min(0)
+        context = contextual_similarity(distances, ref_distances, num_neighbors=k, slack=slack)
+        radius, _ = knn_radii(distances, k, slack)
         positives, negatives = lmu.get_matches_and_diffs(labels, ref_labels)
-        self.avg_neighborhood_size = near.sum(1).float().mean().item()
-        self.avg_pos_context = _mean_where(positives.bool(), context)
-        self.avg_neg_context = _mean_where(negatives.bool(), context)
+        self.avg_neighborhood_size = (distances <= radius).sum(1).float().mean().item()
+        self.avg_pos_context = _masked_mean(context, positives)
+        self.avg_neg_context = _masked_mean(context, negatives)
         self.avg_similarity = similarities.mean().item()
 
     def get_default_distance(self) -> CosineSimilarity:
@@ -246,22 +212,23 @@ class ContextualLoss(HyperparametersMixin, BaseMetricLossFunction):
 
 
 def _pair_weights(
-    similarities: Tensor,
+    embeddings: Tensor,
     labels: Tensor,
     ref_labels: Tensor,
     indices_tuple: tuple[Tensor, ...] | None,
-) -> tuple[Tensor, Tensor]:
-    """(N, R) twice: how many times each pair is to count as a positive, and as a negative, one."""
+) -> tuple[Tensor, Tensor] | None:
+    """(N, R) twice: how often a miner's tuple has each pair as a positive and as a negative."""
     if indices_tuple is None:
-        return lmu.get_matches_and_diffs(labels, ref_labels)
+        return None
     a1, p, a2, n = lmu.convert_to_pairs(indices_tuple, labels, ref_labels)
 
     def count(anchors: Tensor, others: Tensor) -> Tensor:
-        ones = similarities.new_ones(len(anchors))
-        return torch.zeros_like(similarities).index_put_((anchors, others), ones, accumulate=True)
+        counts = torch.zeros(len(labels), len(ref_labels), device=embeddings.device)
+        return counts.index_put_((anchors, others), counts.new_ones(len(anchors)), accumulate=True)
 
     return count(a1, p), count(a2, n)
 
 
-def _mean_where(mask: Tensor, values: Tensor) -> float:
+def _masked_mean(values: Tensor, mask: Tensor) -> float:
+    mask = mask.bool()
     return (torch.where(mask, values, 0).sum() / mask.sum().clamp_min(1)).item()

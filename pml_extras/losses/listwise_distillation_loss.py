@@ -47,8 +47,6 @@ class ListwiseDistillationLoss(HyperparametersMixin, BaseMetricLossFunction):
         >>> loss_func(student, ref_emb=teacher).backward()
     """
 
-    hyperparameters = ("temperature", "include_self")
-
     def __init__(
         self, *, temperature: float = 1.0, include_self: bool = True, **kwargs: Any
     ) -> None:
@@ -57,7 +55,7 @@ class ListwiseDistillationLoss(HyperparametersMixin, BaseMetricLossFunction):
         c_f.assert_distance_type(self, CosineSimilarity, p=2, power=1)
         self.temperature = temperature
         self.include_self = include_self
-        self.add_to_recordable_attributes(list_of_names=list(self.hyperparameters))
+        self.add_to_recordable_attributes(list_of_names=list(self.hyperparameters()))
 
     def compute_loss(
         self,
@@ -79,7 +77,9 @@ class ListwiseDistillationLoss(HyperparametersMixin, BaseMetricLossFunction):
             )
         if len(embeddings) == 0:
             return self.zero_losses()
-        divergences = listwise_kl(embeddings, ref_emb, self.temperature, self.include_self)
+        divergences = listwise_kl(
+            embeddings, ref_emb, temperature=self.temperature, include_self=self.include_self
+        )
         return {
             "loss": {
                 "losses": self.temperature**2 * divergences,

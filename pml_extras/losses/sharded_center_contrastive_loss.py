@@ -1,4 +1,4 @@
-"""Center Contrastive Loss with its centers spread over the ranks of torch.distributed."""
+"""Center Contrastive Loss with its centers sharded over the ranks of torch.distributed."""
 
 from __future__ import annotations
 
@@ -10,48 +10,47 @@ import torch
 import torch.distributed as dist
 from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from .._component import check_class_labels, check_embeddings
-from .._distributed import batch_fingerprint
 from ..functional import (
     moving_class_means,
     pairwise_cosine,
     sharded_center_contrastive_loss,
 )
-from ..functional._collectives import all_reduced, gather_rows
-from ..functional._parts import parts
-from .center_contrastive_loss import CenterContrastiveLoss
+from ..functional._distributed import all_reduce, batch_hash, gather_rows
+from ..functional._kernels.chunks import row_chunks
+from ._base_center_contrastive_loss import BaseCenterContrastiveLoss
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# How many cosines to hold at a time, for the statistics.
-CHUNK = 1 << 21
+
+CHUNK_NUMEL = 1 << 21  # cosines computed at a time for the statistics
 
 
-class ShardedCenterContrastiveLoss(CenterContrastiveLoss):
-    r""":class:`CenterContrastiveLoss` for more classes than one device holds.
+class ShardedCenterContrastiveLoss(BaseCenterContrastiveLoss):
+    r""":class:`CenterContrastiveLoss` for more classes than one device can hold.
 
-    Each rank of a ``torch.distributed`` process group holds the centers of C / world classes, and
-    their optimizer state. The softmax is over all classes, exactly: loss, gradients and centers are
-    those of one process that has all centers and the batches of all ranks.
+    Each rank of a ``torch.distributed`` process group holds the centers of C / world classes and
+    their optimizer state. The softmax is over all classes, exactly: loss, gradients and centers
+    equal those of one process that has all centers and the batches of all ranks.
 
-    - **Start one process a device** (``torchrun``), call ``init_process_group``, then make this
-      loss, in all of them.
-    - **Give it this rank's share of the batch**, as a ``DistributedSampler`` draws it; the shares
-      may differ in size, and some may be empty. It gathers them itself: inside PML's
+    - **Start one process per device** (``torchrun``), call ``init_process_group``, then create this
+      loss in every process.
+    - **Give it this rank's part of the batch**, as a ``DistributedSampler`` draws it. The parts may
+      differ in size, and some may be empty. The loss gathers them itself: inside PML's
       ``DistributedLossWrapper``, efficient or not, it raises.
-    - It returns the loss of the joined batch, **the same on all ranks**. All ranks call it, and
-      call ``backward``, together.
+    - It returns the loss of the whole batch, **the same on all ranks**. All ranks call it, and call
+      ``backward``, together.
     - **Wrap the network in DistributedDataParallel, not this loss.** The gradient of the embeddings
-      is that of the joined batch's loss, times the number of ranks, for DistributedDataParallel to
-      divide by. The gradient of the centers is no multiple: a learning rate is worth here what it
-      is in one process.
-    - Give ``loss.parameters()`` to an optimizer of their own, as in one process, or to a parameter
-      group of their own. No reminder comes here if it is forgotten.
+      is that of the whole batch's loss times the number of ranks, because DistributedDataParallel
+      divides by it. The gradient of the centers is not multiplied: a learning rate means the same
+      as in one process.
+    - Give ``loss.parameters()`` to an optimizer or a parameter group of their own, as in one
+      process. There is no reminder here.
 
-    ``centers`` and ``class_counts`` are of type ``DTensor``, in shards over the classes. Save them
+    ``centers`` and ``class_counts`` are of type ``DTensor``, sharded over the classes. Save them
     and their optimizer with ``torch.distributed.checkpoint`` (``get_state_dict``, ``save``,
     ``load``, ``set_state_dict``), and load them with any number of ranks, or into a
     :class:`CenterContrastiveLoss`; ``examples/sharded_centers.py`` shows how. To exchange whole
@@ -61,32 +60,33 @@ class ShardedCenterContrastiveLoss(CenterContrastiveLoss):
     Args:
         num_classes: C >= 1, of all ranks together. Each rank has :math:`\lceil C / world\rceil`
             classes, the last ones fewer or none.
-        device_mesh: a ``DeviceMesh`` of one dimension, whose ranks share the classes; to make one
-            from a process group, ``DeviceMesh.from_group(group, "cuda")``. Its device is that of
-            the centers and the embeddings. Default: all ranks, on the GPU if the backend is NCCL.
-        **kwargs: all else as :class:`CenterContrastiveLoss` has it, in its order too, except that
-            ``weight_regularizer`` is refused, since none is exact on a part of the centers.
-            ``weight_init_func`` is given each rank's centers apart, with random numbers that differ
-            between the ranks and follow from the seed of the first.
+        embedding_size: D >= 1.
+        device_mesh: a ``DeviceMesh`` of one dimension, whose ranks share the classes. To make one
+            from a process group: ``DeviceMesh.from_group(group, "cuda")``. The centers and the
+            embeddings are on its device. Default: all ranks, on the GPU if the backend is NCCL.
+        **kwargs: the other arguments of :class:`CenterContrastiveLoss`, except
+            ``weight_regularizer``, which cannot be computed on a part of the centers.
+            ``weight_init_func`` is called with each rank's centers. Its random numbers differ
+            between the ranks and follow from the seed of the first rank.
 
     Attributes:
         centers: (C, D) DTensor; ``centers.to_local()`` is this rank's part.
         class_counts: (C,) int64 DTensor, in "ema" mode.
-        first_class: the number of this rank's first class.
+        first_class: the index of this rank's first class.
 
     Default distance, default reducer, reducer input and statistics: as
-    :class:`CenterContrastiveLoss`, of the joined batch. A tuple from a miner numbers the samples as
-    ``DistributedMinerWrapper`` does, one's own first, and the tuples of all ranks count together;
-    so one from a miner that saw its own rank's share alone will do as well.
+    :class:`CenterContrastiveLoss`, of the whole batch. A tuple from a miner numbers the samples as
+    ``DistributedMinerWrapper`` does, this rank's first, and the tuples of all ranks are summed; so
+    a tuple from a miner that saw only its own rank's part works too.
 
     Raises:
-        RuntimeError: if no process group is initialised.
+        RuntimeError: if no process group is initialized.
         ValueError: as :class:`CenterContrastiveLoss`, for ``weight_regularizer``, for a batch that
-            is the same on all ranks, and for modes in which ranks differ. An input that is wrong on
-            one rank raises on all, before any state moves, so that none waits for the others.
-            (To look at labels and shapes of all ranks, a GPU has to be waited for at each step.)
+            is the same on all ranks, and for modes that differ between ranks. An input that is
+            wrong on one rank raises on all ranks, before any state changes, so that none waits for
+            the others. (The checks make the host wait for a GPU in each step.)
 
-    Source: that of :class:`CenterContrastiveLoss`; the division of the classes among ranks is ours.
+    Source: that of :class:`CenterContrastiveLoss`; sharding the classes is ours.
 
     Example:
         >>> import torch, torch.distributed as dist
@@ -100,41 +100,50 @@ class ShardedCenterContrastiveLoss(CenterContrastiveLoss):
         >>> dist.destroy_process_group()
     """
 
-    def __init__(self, *args: Any, device_mesh: DeviceMesh | None = None, **kwargs: Any) -> None:
-        # A plain attribute, which make_bank needs while the parent is being initialised.
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        *,
+        device_mesh: DeviceMesh | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_classes, embedding_size, **kwargs)
+        if self.weight_regularizer is not None:
+            raise ValueError("weight_regularizer is not supported with sharded centers")
         self.device_mesh = _all_ranks() if device_mesh is None else device_mesh
         if self.device_mesh.ndim != 1:
             raise ValueError(
                 f"device_mesh must have one dimension, got shape {tuple(self.device_mesh.shape)}"
             )
-        super().__init__(*args, **kwargs)
+        self._shard_centers()
 
-    def make_bank(self) -> None:
-        if self.weight_regularizer is not None:
-            raise ValueError("weight_regularizer is not supported with sharded centers")
+    def _make_centers(self) -> None:
+        """Nothing yet: ``_shard_centers`` makes them once the device mesh is known."""
+
+    def _shard_centers(self) -> None:
         from torch.distributed.tensor import Shard, zeros  # which some builds of torch lack
 
-        def bank(*size: int, dtype: torch.dtype | None = None) -> Tensor:
-            return zeros(*size, dtype=dtype, device_mesh=self.device_mesh, placements=[Shard(0)])
-
-        centers = bank(self.num_classes, self.embedding_size)
-        if self.center_update == "gradient":
-            self.centers = torch.nn.Parameter(centers)
-            self.init_centers()
-        else:
+        sharded: Any = {"device_mesh": self.device_mesh, "placements": [Shard(0)]}
+        centers = zeros(self.num_classes, self.embedding_size, **sharded)
+        if self.uses_ema:
+            counts = zeros(self.num_classes, dtype=torch.long, **sharded)
             self.register_buffer("centers", centers)
-            self.register_buffer("class_counts", bank(self.num_classes, dtype=torch.long))
+            self.register_buffer("class_counts", counts)
+        else:
+            self.centers = torch.nn.Parameter(centers)
+            self._init_centers()
 
     @torch.no_grad()
-    def init_centers(self) -> None:
-        """Draw the centers: on each rank others, even where all ranks have the same seed."""
-        local = _local(self.centers)
-        seed = torch.randint(1 << 62, (1,)).to(local.device)
+    def _init_centers(self) -> None:
+        """Draw this rank's centers, different on each rank even if all ranks have one seed."""
+        centers = _local(self.centers)
+        seed = torch.randint(1 << 62, (1,)).to(centers.device)
         dist.broadcast(seed, dist.get_global_rank(self.group, 0), group=self.group)
-        with torch.random.fork_rng([local.device] if local.is_cuda else []):
+        with torch.random.fork_rng([centers.device] if centers.is_cuda else []):
             torch.manual_seed(int(seed) + self.rank)
-            if len(local) > 0:
-                self.weight_init_func(local)
+            if len(centers) > 0:
+                self.weight_init_func(centers)
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -145,13 +154,20 @@ class ShardedCenterContrastiveLoss(CenterContrastiveLoss):
         return self.device_mesh.get_local_rank()
 
     @property
-    def first_class(self) -> int:
-        return sum(self.shard_sizes()[: self.rank])
-
     def shard_sizes(self) -> list[int]:
-        """How many classes each rank has: what ``DTensor`` and ``torch.chunk`` make of C."""
-        world, most = self.device_mesh.size(), -(-self.num_classes // self.device_mesh.size())
-        return [min(most, max(0, self.num_classes - rank * most)) for rank in range(world)]
+        """How many classes each rank has: as ``DTensor`` and ``torch.chunk`` divide C."""
+        world = self.device_mesh.size()
+        largest = -(-self.num_classes // world)
+        return [min(largest, max(0, self.num_classes - rank * largest)) for rank in range(world)]
+
+    @property
+    def first_class(self) -> int:
+        return sum(self.shard_sizes[: self.rank])
+
+    @property
+    def _class_mask(self) -> Tensor | None:
+        """(C_r,) bool, which of this rank's classes have a center; None if all have."""
+        return _local(self.class_counts) > 0 if self.uses_ema else None
 
     def forward(
         self,
@@ -161,219 +177,195 @@ class ShardedCenterContrastiveLoss(CenterContrastiveLoss):
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
     ) -> Tensor:
-        shares = self._exchange(
-            lambda: self._batch_share(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        headers = self._exchange(
+            lambda: self._batch_header(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         )
-        assert labels is not None  # or this rank would have refused it
-        sizes = [share.rows for share in shares]
-        batches = {(share.rows, share.fingerprint) for share in shares}
-        if len(shares) > 1 and len(batches) == 1 and sizes[0] > 0:
+        assert labels is not None  # or this rank would have raised
+        sizes = [header.num_rows for header in headers]
+        same_batch = len({(header.num_rows, header.batch_hash) for header in headers}) == 1
+        if len(headers) > 1 and same_batch and sizes[0] > 0:
             raise ValueError(
-                "all ranks have the same batch: give each its own share, and no"
-                " DistributedLossWrapper, since this loss gathers the shares itself"
+                "all ranks have the same batch: give each rank its own part, and use no"
+                " DistributedLossWrapper, because this loss gathers the parts itself"
             )
-        for rank, share in enumerate(shares):
-            if share.largest_index >= sum(sizes):
+        for rank, header in enumerate(headers):
+            if header.largest_index >= sum(sizes):
                 raise ValueError(
                     f"indices_tuple must lie in [0, {sum(sizes)}), the samples of all ranks,"
-                    f" got {share.largest_index} on rank {rank}"
+                    f" got {header.largest_index} on rank {rank}"
                 )
-        # The whole batch in the order of the ranks; what PML's classes do with it is the same
-        # everywhere.
-        embeddings = self._gather(embeddings, shares)
+        # From here on, every rank computes the same on the whole batch, in the order of the ranks.
+        embeddings = self._gather(embeddings, headers)
         labels = gather_rows(labels.to(embeddings.device).long(), sizes, self.group)
         if indices_tuple is not None:
             order = list(torch.arange(sum(sizes), device=embeddings.device).split_with_sizes(sizes))
-            own_first = torch.cat([order.pop(self.rank), *order])
-            indices_tuple = tuple(own_first[i.to(own_first.device)] for i in indices_tuple)
-        return super(CenterContrastiveLoss, self).forward(embeddings, labels, indices_tuple)
+            own_rank_first = torch.cat([order.pop(self.rank), *order])
+            indices_tuple = tuple(own_rank_first[i.to(embeddings.device)] for i in indices_tuple)
+        return super().forward(embeddings, labels, indices_tuple)
 
-    def _exchange(self, make_share: Callable[[], Share]) -> list[Share]:
-        """What all ranks' ``make_share`` return; if one raises, all do."""
-        refusal, share = None, Share(refused=1)
+    def _sample_losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        return sharded_center_contrastive_loss(
+            embeddings,
+            _local(self.centers),
+            labels,
+            self.first_class,
+            scale=self.scale,
+            margin=self.margin,
+            center_weight=self.center_weight,
+            label_smoothing=self.label_smoothing,
+            class_mask=self._class_mask,
+            group=self.group,
+        )
+
+    def _sample_weights(self, indices_tuple: Any, labels: Tensor, dtype: torch.dtype) -> Tensor:
+        if indices_tuple is None:
+            return torch.ones(len(labels), dtype=dtype, device=labels.device)
+        counts = torch.bincount(torch.cat(indices_tuple), minlength=len(labels))
+        counts = all_reduce(counts, "sum", self.group)
+        # As in PML, an empty tuple means all samples.
+        counts = torch.where(counts.any(), counts, 1)
+        return counts.to(dtype) / counts.max()
+
+    @torch.no_grad()
+    def update_centers(self, embeddings: Tensor, labels: Tensor) -> None:
+        """Update the EMA centers of this rank's classes with a whole batch, (N, D) and (N,)."""
+        centers, counts = _local(self.centers), _local(self.class_counts)
+        local_labels = labels - self.first_class
+        is_local = (local_labels >= 0) & (local_labels < len(centers))
+        local_labels = local_labels[is_local]
+        centers[local_labels], counts[local_labels] = moving_class_means(
+            centers,
+            counts,
+            normalize(embeddings[is_local].to(centers.dtype)),
+            local_labels,
+            momentum=self.momentum,
+            normalize=True,
+        )
+
+    @torch.no_grad()
+    def get_logits(self, embeddings: Tensor) -> Tensor:
+        """(N_r, C) logits without margin of this rank's rows; -inf for unseen classes.
+
+        All ranks call it together. It has no gradient, and on each rank it takes the memory of the
+        logits of all ranks' rows with all classes.
+        """
+        headers = self._exchange(lambda: self._rows_header(embeddings))
+        logits = self.scale * self._cosines(self._gather(embeddings, headers), slice(None))
+        all_logits = gather_rows(logits.T, self.shard_sizes, self.group).T
+        return all_logits.split_with_sizes([header.num_rows for header in headers])[self.rank]
+
+    def _cosines(self, embeddings: Tensor, classes: slice) -> Tensor:
+        cosines = pairwise_cosine(embeddings, _local(self.centers)[classes])
+        class_mask = self._class_mask
+        if class_mask is None:
+            return cosines
+        return cosines.masked_fill(~class_mask[classes], -torch.inf)
+
+    @torch.no_grad()
+    def _set_stats(self, embeddings: Tensor, labels: Tensor) -> None:
+        dtype = torch.promote_types(embeddings.dtype, self.centers.dtype)
+        dtype = torch.promote_types(dtype, torch.float32)
+        largest = embeddings.new_full((len(labels),), -torch.inf, dtype=dtype)
+        target, nearest = largest.clone(), torch.full_like(labels, self.num_classes)
+        for classes in row_chunks(self.shard_sizes[self.rank], len(labels), CHUNK_NUMEL):
+            cosines = self._cosines(embeddings, classes)
+            first = self.first_class + classes.start
+            column = (labels - first).clamp(0, cosines.shape[1] - 1)[:, None]
+            inside = labels == column.squeeze(1) + first
+            target = torch.where(inside, cosines.gather(1, column).squeeze(1), target)
+            chunk_largest, chunk_nearest = cosines.max(1)
+            nearest = torch.where(chunk_largest > largest, chunk_nearest + first, nearest)
+            largest = largest.maximum(chunk_largest)
+        # The nearest center of all ranks; of equally near ones, the lowest class.
+        is_nearest = largest == all_reduce(largest, "max", self.group)
+        nearest = torch.where(is_nearest, nearest, self.num_classes)
+        nearest = all_reduce(nearest, "min", self.group)
+        target = all_reduce(target, "max", self.group).clamp_min(-1)
+        self.avg_center_similarity = target.mean().item()
+        self.center_accuracy = (nearest == labels).float().mean().item()
+
+    # ---- Before its collectives, a forward pass compares the ranks' inputs.
+
+    def _exchange(self, make_header: Callable[[], RankHeader]) -> list[RankHeader]:
+        """The results of ``make_header`` on all ranks. If one rank raises, all ranks raise."""
+        error, header = None, None
         try:
-            share = make_share()
-        except Exception as error:  # whatever it is, the other ranks are waiting
-            refusal = error
-        world = self.device_mesh.size()
-        numbers = torch.tensor([share], device=_local(self.centers).device)
-        gathered = gather_rows(numbers, [1] * world, self.group)
-        shares = [Share(*numbers) for numbers in gathered.tolist()]
-        if any(share.refused for share in shares):
-            messages: list[str | None] = [None] * world
-            dist.all_gather_object(messages, refusal and str(refusal), group=self.group)
-            if refusal is not None:
-                raise refusal
-            reports = [f"rank {rank}: {text}" for rank, text in enumerate(messages) if text]
-            raise ValueError("; ".join(reports))
-        for mode in MODES:
-            values = [getattr(share, mode) for share in shares]
+            header = make_header()
+        except Exception as e:  # of any kind, because the other ranks are waiting
+            error = e
+        headers: list[Any] = [None] * self.device_mesh.size()
+        dist.all_gather_object(headers, header or str(error), group=self.group)
+        if error is not None:
+            raise error
+        messages = [f"rank {rank}: {h}" for rank, h in enumerate(headers) if isinstance(h, str)]
+        if messages:
+            raise ValueError("; ".join(messages))
+        for mode in headers[0].modes:
+            values = [header.modes.get(mode) for header in headers]
             if len(set(values)) > 1:
-                raise ValueError(
-                    f"{MODES[mode]} must be the same on all ranks, got {[bool(v) for v in values]}"
-                )
-        return shares
+                raise ValueError(f"{mode} must be the same on all ranks, got {values}")
+        return headers
 
-    def _batch_share(
+    def _batch_header(
         self,
         embeddings: Tensor,
         labels: Tensor | None,
         indices_tuple: tuple[Tensor, ...] | None,
         ref_emb: Tensor | None,
         ref_labels: Tensor | None,
-    ) -> Share:
-        # Unlike one process, which leaves labels on a GPU to its own check: a label that is too
-        # large would be taken for one of another rank's.
+    ) -> RankHeader:
+        # Check labels on a GPU too: one that is too large would count as another rank's.
         labels = check_class_labels(None if labels is None else labels.cpu(), self.num_classes)
         c_f.check_shapes(embeddings, labels)
         if ref_emb is not None or ref_labels is not None:
             raise ValueError("ref_emb is not supported for this loss function")
-        share = self._rows_share(embeddings)
-        share = share._replace(
-            fingerprint=int(batch_fingerprint(embeddings, labels.to(embeddings.device))),
-            collects_stats=self.collect_stats,
-            mined=indices_tuple is not None,
+        header = self._rows_header(embeddings)
+        header.modes["whether there is an indices_tuple"] = indices_tuple is not None
+        header = header._replace(
+            batch_hash=int(batch_hash(embeddings, labels.to(embeddings.device)))
         )
-        if indices_tuple is not None:
-            indices = torch.cat(list(indices_tuple))
-            if len(indices) > 0:
-                smallest, largest = (int(i) for i in indices.aminmax())
-                if smallest < 0:
-                    raise ValueError(f"indices_tuple must not be negative, got {smallest}")
-                share = share._replace(largest_index=largest)
-        return share
+        if indices_tuple is None or sum(map(len, indices_tuple)) == 0:
+            return header
+        smallest, largest = (int(i) for i in torch.cat(indices_tuple).aminmax())
+        if smallest < 0:
+            raise ValueError(f"indices_tuple must not be negative, got {smallest}")
+        return header._replace(largest_index=largest)
 
-    def _rows_share(self, embeddings: Tensor) -> Share:
+    def _rows_header(self, embeddings: Tensor) -> RankHeader:
         check_embeddings(embeddings, self.embedding_size)
         if embeddings.device.type != self.device_mesh.device_type:
             raise ValueError(
-                f"embeddings must lie on {self.device_mesh.device_type}, as the centers do,"
+                f"embeddings must be on {self.device_mesh.device_type}, as the centers are,"
                 f" got {embeddings.device.type}"
             )
-        return Share(
-            rows=len(embeddings),
-            dtype=DTYPES.index(embeddings.dtype),
-            requires_grad=embeddings.requires_grad,
-            gradients=torch.is_grad_enabled(),
-            training=self.training,
-        )
+        modes = {
+            "torch.is_grad_enabled()": torch.is_grad_enabled(),
+            "training mode": self.training,
+            "collect_stats": self.collect_stats,
+        }
+        return RankHeader(len(embeddings), embeddings.dtype, embeddings.requires_grad, modes)
 
-    def _gather(self, embeddings: Tensor, shares: list[Share]) -> Tensor:
-        """All ranks' rows, of the widest type, and with a gradient if any rank's have one."""
+    def _gather(self, embeddings: Tensor, headers: list[RankHeader]) -> Tensor:
+        """The rows of all ranks, in their widest dtype, with gradient if any rank's have one."""
         embeddings = embeddings.to(
-            functools.reduce(torch.promote_types, (DTYPES[share.dtype] for share in shares))
+            functools.reduce(torch.promote_types, (header.dtype for header in headers))
         )
-        wanted = torch.is_grad_enabled() and any(share.requires_grad for share in shares)
-        if wanted and not embeddings.requires_grad:
-            # In the backward pass, too, all ranks have to take part.
+        needs_grad = torch.is_grad_enabled() and any(header.requires_grad for header in headers)
+        if needs_grad and not embeddings.requires_grad:
+            # All ranks have to take part in backward, too.
             embeddings = embeddings.detach().requires_grad_()
-        return gather_rows(embeddings, [share.rows for share in shares], self.group)
-
-    def sample_losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        return sharded_center_contrastive_loss(
-            embeddings,
-            _local(self.centers),
-            labels,
-            self.first_class,
-            self.scale,
-            self.margin,
-            self.center_weight,
-            self.label_smoothing,
-            self.seen_classes(),
-            self.group,
-        )
-
-    def sample_weights(
-        self, indices_tuple: tuple[Tensor, ...] | None, labels: Tensor, dtype: torch.dtype
-    ) -> Tensor:
-        if indices_tuple is None:
-            return super().sample_weights(None, labels, dtype)
-        counts = torch.bincount(torch.cat(indices_tuple), minlength=len(labels))
-        counts = all_reduced(counts, "sum", self.group)
-        # Where no miner found anything, PML takes all samples.
-        counts = counts.where(counts.any(), 1)
-        return counts.to(dtype) / counts.max()
-
-    @torch.no_grad()
-    def update_centers(self, embeddings: Tensor, labels: Tensor) -> None:
-        centers, counts = _local(self.centers), _local(self.class_counts)
-        own_class = labels - self.first_class
-        here = (own_class >= 0) & (own_class < len(centers))
-        unit = torch.nn.functional.normalize(embeddings[here].to(centers.dtype))
-        own_class = own_class[here]
-        centers[own_class], counts[own_class] = moving_class_means(
-            centers, counts, unit, own_class, self.momentum, normalize=True
-        )
-
-    def seen_classes(self) -> Tensor | None:
-        """(C_r,) bool, which of this rank's classes have a center yet; None if all have."""
-        return _local(self.class_counts) > 0 if self.center_update == "ema" else None
-
-    @torch.no_grad()
-    def get_logits(self, embeddings: Tensor) -> Tensor:
-        """(N_r, C) logits without margin of this rank's rows; -inf for unseen classes.
-
-        All ranks call it together. No gradient flows through it, and on each rank it takes the
-        memory of all ranks' logits with all classes.
-        """
-        shares = self._exchange(lambda: self._rows_share(embeddings))
-        sizes = [share.rows for share in shares]
-        rows = self._gather(embeddings, shares)
-        logits = self.scale * self._cosines(rows, slice(None))
-        all_logits = gather_rows(logits.T, self.shard_sizes(), self.group).T
-        return all_logits.split_with_sizes(sizes)[self.rank]
-
-    def _cosines(self, embeddings: Tensor, classes: slice) -> Tensor:
-        cosines = pairwise_cosine(embeddings, _local(self.centers)[classes])
-        seen = self.seen_classes()
-        return cosines if seen is None else cosines.masked_fill(~seen[classes], float("-inf"))
-
-    @torch.no_grad()
-    def set_stats(self, embeddings: Tensor, labels: Tensor) -> None:
-        dtype = torch.promote_types(embeddings.dtype, self.centers.dtype)
-        dtype = torch.promote_types(dtype, torch.float32)
-        largest = embeddings.new_full((len(labels),), float("-inf"), dtype=dtype)
-        own, nearest = largest.clone(), torch.full_like(labels, self.num_classes)
-        for classes in parts(self.shard_sizes()[self.rank], len(labels), CHUNK):
-            cosines = self._cosines(embeddings, classes)
-            first = self.first_class + classes.start
-            column = (labels - first).clamp(0, cosines.shape[1] - 1)[:, None]
-            here = labels == column.squeeze(1) + first
-            own = own.where(~here, cosines.gather(1, column).squeeze(1))
-            chunk_largest, chunk_nearest = cosines.max(1)
-            nearest = nearest.where(chunk_largest <= largest, chunk_nearest + first)
-            largest = largest.maximum(chunk_largest)
-        nearest = nearest.where(
-            largest == all_reduced(largest, "max", self.group), self.num_classes
-        )
-        nearest = all_reduced(nearest, "min", self.group)
-        own = all_reduced(own, "max", self.group).clamp_min(-1)
-        self.avg_center_similarity = own.mean().item()
-        self.center_accuracy = (nearest == labels).float().mean().item()
+        return gather_rows(embeddings, [header.num_rows for header in headers], self.group)
 
 
-class Share(NamedTuple):
-    """What a rank tells the others of its share of a batch before anything else: whole numbers."""
+class RankHeader(NamedTuple):
+    """What a rank tells the others about its part of a batch."""
 
-    refused: int = 0
-    rows: int = 0
-    dtype: int = 0  # its place in DTYPES
-    requires_grad: int = 0
-    fingerprint: int = 0
+    num_rows: int
+    dtype: torch.dtype
+    requires_grad: bool
+    modes: dict[str, bool]  # which decide what collectives follow
+    batch_hash: int = 0
     largest_index: int = -1
-    # These decide which collectives follow.
-    gradients: int = 0
-    training: int = 0
-    collects_stats: int = 0
-    mined: int = 0
-
-
-MODES = {
-    "gradients": "torch.is_grad_enabled()",
-    "training": "training mode",
-    "collects_stats": "collect_stats",
-    "mined": "whether there is an indices_tuple",
-}
 
 
 def _local(tensor: Tensor) -> Tensor:

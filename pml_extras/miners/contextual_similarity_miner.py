@@ -1,4 +1,4 @@
-"""A pair miner that looks at contexts instead of distances alone."""
+"""A pair miner that uses contextual similarity in addition to distances."""
 
 from __future__ import annotations
 
@@ -8,39 +8,38 @@ from pytorch_metric_learning.distances import CosineSimilarity
 from pytorch_metric_learning.miners import BaseMiner
 from torch import Tensor
 
-from .._component import HyperparametersMixin, check_count, require
+from .._component import HyperparametersMixin, check_count, check_non_negative
 from ..functional import contextual_pairs
-from ..functional._precision import full_precision
 
 
 class ContextualSimilarityMiner(HyperparametersMixin, BaseMiner):
-    """Mines pairs that are hard by context, and leaves out those whose labels look wrong.
+    """Mines pairs that are hard by context, and drops pairs that are probably mislabeled.
 
-    Contextual similarity S says how far two samples share neighbours. A positive pair is hard if it
-    shares less context than the anchor does with some negative, give or take the margin; a negative
-    pair the other way round. The neighbours also vote on each sample's label, weighted by S:
-    positive pairs with an outvoted sample, and negative pairs that share more context than their
-    own classes give them, are probably mislabelled and left out. See
+    Contextual similarity S measures the overlap of two samples' neighborhoods. A positive pair is
+    hard if its S is below that of the anchor's most similar negative plus a margin; a negative pair
+    if its S is above that of the least similar positive minus the margin. The neighbors also vote
+    on each sample's label, weighted by S. A positive pair is dropped if one of its samples is
+    outvoted, a negative pair if it has more S than its samples' own classes get of the vote. See
     :func:`pml_extras.functional.contextual_pairs` for the rules.
 
     Args:
-        num_neighbors: k >= 1, the sample itself included; clamped to the number of references.
-        margin: in units of S, which lies in [0, 1]; larger keeps easier pairs.
-        filter_noise: whether to leave out probably mislabelled pairs. With clean labels that drops
-            some legitimately hard ones too, and of a network that is not trained yet, whose
-            neighbours know nothing, nearly all: train without the miner first.
+        num_neighbors: k >= 1, including the sample itself; clamped to the number of references.
+        margin: >= 0, in units of S, which lies in [0, 1]. Larger keeps easier pairs.
+        filter_noise: whether to drop probably mislabeled pairs. With clean labels it drops some
+            hard pairs too. With an untrained network, whose neighbors say little, it drops nearly
+            all: train without the miner first.
         **kwargs: PML's ``distance`` and ``collect_stats``.
 
-    Default distance: ``CosineSimilarity()``; every PML distance works, because only the order of
+    Default distance: ``CosineSimilarity()``. Every PML distance works, because only the order of
     the distances counts. Returns pairs: (anchors, positives, anchors, negatives). With ``ref_emb``,
-    neighbours are references, and exact copies of an anchor among them count as the anchor itself.
+    neighbors are references, and exact copies of an anchor among them count as the anchor itself.
 
     Statistics for the log: PML's ``num_pos_pairs`` and ``num_neg_pairs``.
 
     Raises:
-        ValueError: for a setting out of range.
+        ValueError: for a hyperparameter out of range.
 
-    Source: ours, on the contextual similarity of arXiv 2210.01908.
+    Source: ours, based on the contextual similarity of arXiv 2210.01908.
 
     Example:
         >>> import torch
@@ -51,8 +50,6 @@ class ContextualSimilarityMiner(HyperparametersMixin, BaseMiner):
         >>> loss = ContrastiveLoss()(embeddings, labels, pairs)
     """
 
-    hyperparameters = ("num_neighbors", "margin", "filter_noise")
-
     def __init__(
         self,
         *,
@@ -62,30 +59,29 @@ class ContextualSimilarityMiner(HyperparametersMixin, BaseMiner):
         **kwargs: Any,
     ) -> None:
         check_count("num_neighbors", num_neighbors)
-        require(margin >= 0, "margin", "not be negative", margin)
+        check_non_negative(margin=margin)
         super().__init__(**kwargs)
         self.num_neighbors = num_neighbors
         self.margin = margin
         self.filter_noise = filter_noise
-        self.add_to_recordable_attributes(list_of_names=list(self.hyperparameters))
+        self.add_to_recordable_attributes(list_of_names=list(self.hyperparameters()))
 
-    @full_precision
     def mine(
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        within = ref_emb is embeddings and ref_labels is labels
+        within_batch = ref_emb is embeddings and ref_labels is labels
         return contextual_pairs(
             embeddings,
             labels,
-            None if within else ref_emb,
-            None if within else ref_labels,
-            self.num_neighbors,
-            self.margin,
-            self.filter_noise,
-            self.distances,
+            None if within_batch else ref_emb,
+            None if within_batch else ref_labels,
+            num_neighbors=self.num_neighbors,
+            margin=self.margin,
+            filter_noise=self.filter_noise,
+            distance=self._distances,
         )
 
-    def distances(self, embeddings: Tensor, ref_emb: Tensor) -> Tensor:
+    def _distances(self, embeddings: Tensor, ref_emb: Tensor) -> Tensor:
         """(N, R), smaller is nearer."""
         matrix = self.distance(embeddings, ref_emb)
         return -matrix if self.distance.is_inverted else matrix

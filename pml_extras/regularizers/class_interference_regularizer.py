@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import torch
 from pytorch_metric_learning.regularizers import BaseRegularizer
 from torch import Tensor
-from torch.nn.functional import normalize as unit
+from torch.nn.functional import normalize as normalize_rows
 
 from .._component import (
     HyperparametersMixin,
@@ -16,57 +16,57 @@ from .._component import (
     check_embeddings,
     require,
 )
-from .._distributed import joined_batch
 from ..functional import class_interference, moving_class_means
+from ..functional._distributed import gather_batch
 
-HOOK_NAME = "class_interference"  # of the hook and the submodule of a loss with an interference
+ATTACHED_AS = "class_interference"  # the name of the submodule and of the hooks of a loss
 
 
 class ClassInterferenceRegularizer(HyperparametersMixin, BaseRegularizer):
-    r"""Moves training embeddings towards other classes' means before a loss sees them.
+    r"""Moves training embeddings toward the means of other classes before a loss sees them.
 
     .. math::
         e_i' &= e_i + b_i\,\sigma\,(m_{n_i} - e_i) \\
         b_i &\sim \mathrm{Bernoulli}(p), \qquad
-            n_i \sim \mathrm{Uniform}\{c \ne y_i : c \text{ has been seen}\}
+            n_i \sim \mathrm{Uniform}\{c \ne y_i : c \text{ has a mean}\}
 
     drawn independently for each embedding. Afterwards the clean embeddings update the class means:
     :math:`m_c \leftarrow \beta m_c + (1 - \beta)\,\text{batch mean}`.
 
-    Changing embeddings needs labels, and PML's ``embedding_regularizer`` slot gives none, so attach
-    the regularizer to the loss instead. The loss keeps its type and goes on working in trainers and
-    wrappers, and the class means travel in its state_dict. Attach to the loss itself rather than to
-    a wrapper around it, so that references and memory banks stay clean. What a loss keeps itself is
-    made of what it sees: EMA centers are averages of moved embeddings, and ``ContextualLoss``
-    no longer knows a moved sample's own row in a memory for its own.
+    This needs labels, which PML's ``embedding_regularizer`` slot does not pass. So attach the
+    regularizer to the loss instead: ``regularizer.attach(loss)``. The loss keeps its type and works
+    in trainers and wrappers as before, and the class means are in its state_dict. Attach to the
+    loss itself, not to a wrapper around it, so that references and memory banks stay clean. The
+    loss's own state is computed from what the loss sees: EMA centers are averages of perturbed
+    embeddings, and ``ContextualLoss`` does not recognize a perturbed sample's own row in a memory.
 
-    In eval mode nothing is changed or learnt. Under torch.distributed the means are over the
-    batches of all processes, any of which may be empty, and equal in them to the last bit; all
-    processes must call the loss, in training, as often. The means are taken in float64, which some
-    devices (MPS) have not.
+    In eval mode the embeddings are not changed and the means are not updated. Under
+    torch.distributed the means are over the batches of all processes, which may be empty, and they
+    are equal bit by bit; all processes must call the loss, in training mode, equally often. The
+    means are computed in float64, which some devices (MPS) do not support.
 
     Args:
         num_classes: C >= 2; labels lie in [0, C).
         embedding_size: D >= 1.
         strength: :math:`\sigma` in [0, 0.5). Below 0.5 an embedding at its class's mean stays
-            closer to it than to the other one.
+            closer to it than to the other mean.
         probability: p in [0, 1].
         momentum: :math:`\beta` in [0, 1], how much of a mean is kept at each batch of its class.
-        normalize: normalise the embeddings before and after, for losses on cosine similarity.
+        normalize: normalize the embeddings before and after, for losses on cosine similarity.
         random_strength: draw each embedding's strength from U(0, ``strength``).
-        generator: a ``torch.Generator`` for the draws, whose state joins the state_dict. Default:
+        generator: a ``torch.Generator`` for the draws, whose state is in the state_dict. Default:
             torch's global generator.
-        **kwargs: PML's ``collect_stats``. Statistics for the log: ``avg_shift`` (mean distance the
-            embeddings were moved) and ``num_seen_classes``.
+        **kwargs: PML's ``collect_stats``. Statistics for the log: ``avg_shift`` (the mean distance
+            by which embeddings were moved) and ``num_seen_classes``.
 
     Attributes:
         class_means: (C, D) float32.
-        class_counts: (C,) int64, how many embeddings each class has had; 0: not seen.
+        class_counts: (C,) int64, how many embeddings are in each mean; 0 means no mean.
 
     Raises:
         ValueError: for a label outside [0, C) (labels on a GPU are left to its own check),
-            embeddings of another size, or a setting out of range.
-        TypeError: when used in a regularizer slot, or attached to a wrapper.
+            embeddings of another size, or a hyperparameter out of range.
+        TypeError: in a regularizer slot, or if attached to a wrapper.
 
     Source: the abstract of arXiv 2009.02396, "randomly moving them towards the average embeddings
     of the negative classes". The body was not available to us: the equation, the moving averages
@@ -80,16 +80,6 @@ class ClassInterferenceRegularizer(HyperparametersMixin, BaseRegularizer):
         >>> loss_func = regularizer.attach(TripletMarginLoss())
         >>> loss = loss_func(torch.randn(32, 8), torch.randint(10, (32,)))
     """
-
-    hyperparameters = (
-        "num_classes",
-        "embedding_size",
-        "strength",
-        "probability",
-        "momentum",
-        "normalize",
-        "random_strength",
-    )
 
     class_means: Tensor
     class_counts: Tensor
@@ -121,22 +111,21 @@ class ClassInterferenceRegularizer(HyperparametersMixin, BaseRegularizer):
         self.normalize = normalize
         self.random_strength = random_strength
         self.generator = generator
-        self.add_to_recordable_attributes(list_of_names=list(self.hyperparameters))
-        self.add_to_recordable_attributes(
-            list_of_names=["avg_shift", "num_seen_classes"], is_stat=True
-        )
-        self._batch: tuple[Tensor, Tensor] | None = None  # what is still to be learnt from
+        self.add_to_recordable_attributes(list_of_names=list(self.hyperparameters()))
+        stats = ["avg_shift", "num_seen_classes"]
+        self.add_to_recordable_attributes(list_of_names=stats, is_stat=True)
+        self._pending_batch: tuple[Tensor, Tensor] | None = None  # not yet in the means
         self.register_buffer("class_means", torch.zeros(num_classes, embedding_size))
         self.register_buffer("class_counts", torch.zeros(num_classes, dtype=torch.long))
 
     def interfere(self, embeddings: Tensor, labels: Tensor | None) -> Tensor:
-        """The embeddings, (N, D), as the loss is to see them; in training, learns from them too."""
-        interfered = self._interfere(embeddings, labels)
-        self._learn()
-        return interfered
+        """The perturbed embeddings, (N, D). In training mode, also updates the class means."""
+        perturbed = self._perturb(embeddings, labels)
+        self._update_pending()
+        return perturbed
 
-    def _interfere(self, embeddings: Tensor, labels: Tensor | None) -> Tensor:
-        self._batch = None
+    def _perturb(self, embeddings: Tensor, labels: Tensor | None) -> Tensor:
+        self._pending_batch = None
         if not self.training:
             return embeddings
         self.reset_stats()
@@ -147,64 +136,64 @@ class ClassInterferenceRegularizer(HyperparametersMixin, BaseRegularizer):
                 f"labels must have shape ({len(embeddings)},), got {tuple(labels.shape)}"
             )
         labels = labels.to(embeddings.device, torch.long)
-        self._batch = embeddings.detach(), labels
+        self._pending_batch = embeddings.detach(), labels
         if len(embeddings) == 0:
             return embeddings
-        interfered = class_interference(
+        perturbed = class_interference(
             embeddings,
             labels,
             self.class_means,
             self.class_counts,
-            self.strength,
-            self.probability,
-            self.normalize,
-            self.random_strength,
-            self.generator,
+            strength=self.strength,
+            probability=self.probability,
+            normalize=self.normalize,
+            random_strength=self.random_strength,
+            generator=self.generator,
         ).to(embeddings.dtype)
         if self.collect_stats:
-            clean = unit(embeddings) if self.normalize else embeddings
-            self.avg_shift = (interfered - clean).detach().norm(dim=1).mean().item()
-        return interfered
+            clean = normalize_rows(embeddings) if self.normalize else embeddings
+            self.avg_shift = (perturbed - clean).detach().norm(dim=1).mean().item()
+        return perturbed
+
+    def _update_pending(self) -> None:
+        if self._pending_batch is not None:
+            batch, self._pending_batch = self._pending_batch, None
+            self.update_class_means(*batch)
 
     @torch.no_grad()
-    def _learn(self) -> None:
-        """Update the means with the clean embeddings of the batch."""
-        if self._batch is None:
-            return
-        embeddings, labels = joined_batch(self._batch[0].to(self.class_means.dtype), self._batch[1])
+    def update_class_means(self, embeddings: Tensor, labels: Tensor) -> None:
+        """Update the class means with clean embeddings, (N, D), and their labels, (N,) int64."""
+        embeddings, labels = gather_batch(embeddings.to(self.class_means.dtype), labels)
         if self.normalize:
-            embeddings = unit(embeddings)
+            embeddings = normalize_rows(embeddings)
         self.class_means[labels], self.class_counts[labels] = moving_class_means(
-            self.class_means, self.class_counts, embeddings, labels, self.momentum
+            self.class_means, self.class_counts, embeddings, labels, momentum=self.momentum
         )
-        self._batch = None
         if self.collect_stats:
             self.num_seen_classes = int((self.class_counts > 0).sum())
 
     def attach(self, loss: torch.nn.Module) -> torch.nn.Module:
-        """Interfere with the embeddings of every call of ``loss`` from now on; returns ``loss``."""
+        """Perturb the embeddings in every call of ``loss`` from now on. Returns ``loss``."""
         if isinstance(getattr(loss, "loss", None), torch.nn.Module):
             raise TypeError(
                 f"{type(loss).__name__} wraps a loss: attach to that, its .loss, so that the"
                 " references stay clean"
             )
-        if hasattr(loss, HOOK_NAME):
-            raise ValueError(f"{type(loss).__name__} has a class interference attached already")
-        loss.add_module(HOOK_NAME, self)
-        # As register_forward_pre_hook(with_kwargs=True) and register_forward_hook do, but under a
-        # name: record-keeper logs every dict in a loss, and the number for a key would crash it.
-        before, with_kwargs, after = _hooks(loss)
-        before[HOOK_NAME], with_kwargs[HOOK_NAME] = self._before_loss, True
-        after[HOOK_NAME] = self._after_loss
+        if hasattr(loss, ATTACHED_AS):
+            raise ValueError(f"{type(loss).__name__} already has a class interference attached")
+        loss.add_module(ATTACHED_AS, self)
+        pre_hooks, pre_hooks_with_kwargs, hooks = _hook_dicts(loss)
+        pre_hooks[ATTACHED_AS], pre_hooks_with_kwargs[ATTACHED_AS] = self._before_loss, True
+        hooks[ATTACHED_AS] = self._after_loss
         return loss
 
     def detach(self, loss: torch.nn.Module) -> torch.nn.Module:
-        """Undo :meth:`attach`; returns ``loss``."""
-        if getattr(loss, HOOK_NAME, None) is not self:
+        """Undo :meth:`attach`. Returns ``loss``."""
+        if getattr(loss, ATTACHED_AS, None) is not self:
             raise ValueError(f"this regularizer is not attached to that {type(loss).__name__}")
-        delattr(loss, HOOK_NAME)
-        for hooks in _hooks(loss):
-            del hooks[HOOK_NAME]
+        delattr(loss, ATTACHED_AS)
+        for hooks in _hook_dicts(loss):
+            del hooks[ATTACHED_AS]
         return loss
 
     def _before_loss(
@@ -212,16 +201,16 @@ class ClassInterferenceRegularizer(HyperparametersMixin, BaseRegularizer):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         names = ("embeddings", "labels")  # the first two arguments of every PML loss
         kwargs = dict(zip(names, args, strict=False)) | kwargs
-        kwargs["embeddings"] = self._interfere(kwargs["embeddings"], kwargs.get("labels"))
+        kwargs["embeddings"] = self._perturb(kwargs["embeddings"], kwargs.get("labels"))
         positional = tuple(kwargs.pop(name) for name in names[: len(args)])
         return (*positional, *args[2:]), kwargs
 
     def _after_loss(self, loss: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._learn()  # only now: a batch that the loss has refused is not learnt from
+        self._update_pending()  # only now, so that a batch that the loss refuses changes nothing
 
     def compute_loss(self, embeddings: Tensor) -> NoReturn:
         raise TypeError(
-            "ClassInterferenceRegularizer changes embeddings, which a regularizer slot cannot:"
+            "ClassInterferenceRegularizer changes embeddings, which a regularizer slot cannot do:"
             " call regularizer.attach(loss) instead"
         )
 
@@ -233,8 +222,13 @@ class ClassInterferenceRegularizer(HyperparametersMixin, BaseRegularizer):
             self.generator.set_state(state.cpu())
 
 
-def _hooks(module: torch.nn.Module) -> tuple[dict[Any, Any], ...]:
-    """Where a module keeps its hooks before forward, which of them take kwargs, and those after."""
+def _hook_dicts(module: torch.nn.Module) -> tuple[dict[Any, Any], ...]:
+    """The private dicts where torch keeps a module's forward pre-hooks, which of them take kwargs,
+    and its forward hooks.
+
+    ``register_forward_pre_hook`` would use an integer as the key. record-keeper logs every dict of
+    a loss and fails on such keys, so hooks are entered under a string.
+    """
     return (
         module._forward_pre_hooks,
         module._forward_pre_hooks_with_kwargs,

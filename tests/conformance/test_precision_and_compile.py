@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from unittest.mock import patch
-
 import pytest
 import torch
 
 from pml_extras import functional as f
-from pml_extras.functional.copies import exact_copies
+from pml_extras.functional._self_matches import self_match_mask
 
 from .capabilities import EMBEDDING_SIZE as D
 from .capabilities import NUM_CLASSES as C
@@ -17,46 +14,51 @@ from .capabilities import NUM_CLASSES as C
 N = 24
 
 
-def pair_masks(labels):
-    same = labels[:, None] == labels
-    return same & ~torch.eye(len(labels), dtype=torch.bool), ~same
-
-
 def interference(x, c, y):
     generator = None  # a Generator is no input that torch.compile can trace
-    return f.class_interference(x, y, c, torch.ones(C, dtype=torch.long), 0.2, generator=generator)
+    return f.class_interference(
+        x, y, c, torch.ones(C, dtype=torch.long), strength=0.2, generator=generator
+    )
 
 
 FUNCTIONS = {
     "center_contrastive_loss": lambda x, c, y: f.center_contrastive_loss(
-        x, c, y, label_smoothing=0.1, seen=torch.ones(C, dtype=torch.bool)
+        x, c, y, label_smoothing=0.1, class_mask=torch.ones(C, dtype=torch.bool)
     ),
-    "contextual_similarity": lambda x, c, y: f.contextual_similarity(f.pairwise_cosine(x)),
+    "contextual_similarity": lambda x, c, y: f.contextual_similarity(2 - 2 * f.pairwise_cosine(x)),
     "contextual_similarity-references": lambda x, c, y: f.contextual_similarity(
-        f.pairwise_cosine(x, c), 3, 0.05, f.pairwise_cosine(c)
+        2 - 2 * f.pairwise_cosine(x, c), 2 - 2 * f.pairwise_cosine(c), num_neighbors=3
     ),
-    "contextual_loss": lambda x, c, y: f.contextual_loss(f.pairwise_cosine(x), y),
-    "contrastive_loss": lambda x, c, y: f.contrastive_loss(f.pairwise_cosine(x), *pair_masks(y)),
-    "mean_similarity_loss": lambda x, c, y: f.mean_similarity_loss(x, 0.25, c),
-    "listwise_kl": lambda x, c, y: f.listwise_kl(x, x.relu(), 0.5, include_self=False),
+    "contextual_loss": lambda x, c, y: f.contextual_loss(x, y).contextual,
+    "contextual_loss-reference": lambda x, c, y: (
+        f.contextual_loss(x, y, implementation="reference").contextual
+    ),
+    "contrastive_term": lambda x, c, y: f.contextual_loss(x, y).contrastive,
+    "mean_similarity_term": lambda x, c, y: (
+        f.contextual_loss(x, y, c, torch.arange(C)).mean_similarity
+    ),
+    "listwise_kl": lambda x, c, y: f.listwise_kl(x, x.relu(), temperature=0.5, include_self=False),
     "class_interference": interference,
     "moving_class_means": lambda x, c, y: f.moving_class_means(
-        c.detach(), torch.ones(C, dtype=torch.long), x, y, 0.9, normalize=True
+        c.detach(), torch.ones(C, dtype=torch.long), x, y, momentum=0.9, normalize=True
     )[0],
-    "exact_copies": lambda x, c, y: exact_copies(x, c),
+    "self_match_mask": lambda x, c, y: self_match_mask(x, c),
     "pairwise_cosine": lambda x, c, y: f.pairwise_cosine(x, c),
 }
 
 
-def in_chunks(x, c, y):
-    with patch.object(sys.modules["pml_extras.functional.negative_logsumexp"], "FEW", 0):
-        return f.center_contrastive_loss(x, c, y)
-
-
 FOR_MANY = {
-    "center_contrastive_loss-in-chunks": in_chunks,
-    "sparse_contextual_loss": lambda x, c, y: f.sparse_contextual_loss(x, y),
-    "sparse_contrastive_loss": lambda x, c, y: f.sparse_contrastive_loss(x, y, 0.9, -0.5),
+    "center_contrastive_loss-chunked": lambda x, c, y: f.center_contrastive_loss(
+        x, c, y, implementation="chunked"
+    ),
+    "contextual_loss-sparse": lambda x, c, y: (
+        f.contextual_loss(x, y, implementation="sparse").contextual
+    ),
+    "contrastive_term-sparse": lambda x, c, y: (
+        f.contextual_loss(
+            x, y, pos_margin=0.9, neg_margin=-0.5, implementation="sparse"
+        ).contrastive
+    ),
 }
 
 
@@ -134,7 +136,7 @@ def test_losses_in_an_autocast_training_step(loss_component, x, labels, backward
     assert kept == loss_component.keeps_dtypes
 
 
-@pytest.mark.parametrize("name", ["center_contrastive_loss", "mean_similarity_loss"])
+@pytest.mark.parametrize("name", ["center_contrastive_loss", "mean_similarity_term"])
 def test_smooth_functions_have_second_derivatives(name):
     x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     c = torch.randn(C, 3, dtype=torch.float64, requires_grad=True)
@@ -143,7 +145,7 @@ def test_smooth_functions_have_second_derivatives(name):
 
 def test_divergence_has_second_derivatives_with_respect_to_the_student():
     x, teacher = torch.randn(2, 5, 3, dtype=torch.float64)
-    function = lambda x: f.listwise_kl(x, teacher, 0.5)  # noqa: E731
+    function = lambda x: f.listwise_kl(x, teacher, temperature=0.5)  # noqa: E731
     assert torch.autograd.gradgradcheck(function, x.requires_grad_())
 
 

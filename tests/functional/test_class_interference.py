@@ -18,7 +18,7 @@ def count_targets(labels, class_means, counts, **kwargs):
     """How often each class is moved towards: at strength 1 an embedding lands on the mean."""
     x = torch.full((len(labels), 1), -1.0, dtype=torch.float64)
     numbers = torch.arange(len(counts), dtype=torch.float64)[:, None]
-    moved = class_interference(x, labels, numbers, counts, 1.0, normalize=False, **kwargs)
+    moved = class_interference(x, labels, numbers, counts, strength=1.0, normalize=False, **kwargs)
     return torch.bincount((moved.squeeze(1) + 1).round().long(), minlength=len(counts) + 1)
 
 
@@ -48,14 +48,18 @@ def test_probability_is_the_share_of_moved_embeddings(means):
 @pytest.mark.parametrize("counts", [[0] * 6, [0, 0, 7, 0, 0, 0]])
 def test_without_another_seen_class_an_embedding_stays(means, counts):
     x, labels = torch.randn(10, 4, dtype=torch.float64), torch.full((10,), 2)
-    moved = class_interference(x, labels, means, torch.tensor(counts), 0.4, normalize=False)
+    moved = class_interference(
+        x, labels, means, torch.tensor(counts), strength=0.4, normalize=False
+    )
     assert torch.equal(moved, x)
 
 
 def test_strength_zero_is_the_identity_without_normalisation(means):
     x, labels = torch.randn(10, 4, dtype=torch.float64), torch.arange(10) % 6
     counts = torch.ones(6, dtype=torch.long)
-    assert torch.equal(class_interference(x, labels, means, counts, 0.0, normalize=False), x)
+    assert torch.equal(
+        class_interference(x, labels, means, counts, strength=0.0, normalize=False), x
+    )
 
 
 def test_difference_of_class_means_shrinks_as_stated(means):
@@ -63,7 +67,9 @@ def test_difference_of_class_means_shrinks_as_stated(means):
     strength, k = 0.2, 6
     counts = torch.ones(6, dtype=torch.long)
     labels = torch.arange(6).repeat_interleave(MANY // 6)
-    moved = class_interference(means[labels], labels, means, counts, strength, normalize=False)
+    moved = class_interference(
+        means[labels], labels, means, counts, strength=strength, normalize=False
+    )
     averages = torch.stack([moved[labels == c].mean(0) for c in range(6)])
     expected = (1 - strength * k / (k - 1)) * (means[0] - means[1])
     assert torch.allclose(averages[0] - averages[1], expected, atol=0.02)
@@ -76,7 +82,9 @@ def test_distance_within_a_class_grows_as_stated(means):
     labels = torch.full((MANY,), 2)
     a, p = torch.randn(2, 4, dtype=torch.float64)
     moved_a, moved_p = (
-        class_interference(v.expand(MANY, 4), labels, means, counts, strength, normalize=False)
+        class_interference(
+            v.expand(MANY, 4), labels, means, counts, strength=strength, normalize=False
+        )
         for v in (a, p)
     )
     negatives = means[[0, 1, 3, 4, 5]]
@@ -90,7 +98,9 @@ def test_draws_are_independent_for_each_embedding(means):
     # One draw for a whole triplet would cancel in all its differences.
     counts = torch.ones(6, dtype=torch.long)
     x = torch.zeros(1000, 4, dtype=torch.float64)
-    moved = class_interference(x, torch.zeros(1000).long(), means, counts, 0.3, normalize=False)
+    moved = class_interference(
+        x, torch.zeros(1000).long(), means, counts, strength=0.3, normalize=False
+    )
     assert len(moved.unique(dim=0)) == 5
 
 
@@ -102,7 +112,7 @@ def test_random_strength_is_uniform_up_to_the_strength():
         torch.zeros(MANY).long(),
         far,
         counts,
-        0.4,
+        strength=0.4,
         normalize=False,
         random_strength=True,
     ).squeeze(1)
@@ -114,7 +124,7 @@ def test_random_strength_is_uniform_up_to_the_strength():
 def test_normalised_before_and_after(means):
     counts = torch.tensor([0, 1, 0, 0, 0, 0])  # the only negative of class 0 is class 1
     x, labels = torch.randn(10, 4, dtype=torch.float64), torch.zeros(10).long()
-    moved = class_interference(x, labels, means, counts, 0.25)
+    moved = class_interference(x, labels, means, counts, strength=0.25)
     unit = normalize(x)
     assert torch.allclose(moved, normalize(unit + 0.25 * (means[1] - unit)))
 
@@ -124,7 +134,7 @@ def test_own_class_stays_nearest_below_half_strength():
     counts = torch.ones(2, dtype=torch.long)
     for strength in (0.1, 0.49):
         moved = class_interference(
-            means[:1], torch.tensor([0]), means, counts, strength, normalize=False
+            means[:1], torch.tensor([0]), means, counts, strength=strength, normalize=False
         )
         assert (moved - means[0]).norm() < (moved - means[1]).norm()
 
@@ -133,7 +143,9 @@ def test_gradient_is_scaled_and_does_not_reach_the_means(means):
     x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     means.requires_grad_()
     counts = torch.ones(6, dtype=torch.long)
-    class_interference(x, torch.arange(5), means, counts, 0.25, normalize=False).sum().backward()
+    class_interference(
+        x, torch.arange(5), means, counts, strength=0.25, normalize=False
+    ).sum().backward()
     assert torch.allclose(x.grad, torch.full_like(x, 0.75))
     assert means.grad is None
 
@@ -144,7 +156,9 @@ def test_a_generator_makes_it_repeatable(means):
 
     def draw(seed):
         generator = torch.Generator().manual_seed(seed)
-        return class_interference(x, labels, means, counts, 0.3, 0.5, generator=generator)
+        return class_interference(
+            x, labels, means, counts, strength=0.3, probability=0.5, generator=generator
+        )
 
     before = torch.get_rng_state()
     assert torch.equal(draw(1), draw(1))

@@ -83,7 +83,7 @@ def test_in_a_tester_and_an_inference_model(tmp_path):
 
     model.save_knn_func(tmp_path / "references.pt")
     knn.reset()
-    with pytest.raises(ValueError, match="there are no references: give some, or call train"):
+    with pytest.raises(ValueError, match="there are no references: pass some, or call train"):
         model.get_nearest_neighbors(x[:5], 7)
     with pytest.raises(ValueError, match="no references to save"):
         model.save_knn_func(tmp_path / "none.pt")
@@ -103,7 +103,7 @@ def test_references_go_where_the_queries_are(tmp_path):
     assert torch.equal(knn(x[:5].cuda(), 7)[1], expected)
     knn.load(tmp_path / "references.pt")
     knn.add(x.cuda())
-    assert len(knn.graph.embeddings) == 100
+    assert len(knn.index.embeddings) == 100
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_rows_that_are_not_finite_are_refused(bad):
     for query, reference, name in ((broken, x, "query"), (x, broken, "reference")):
         with pytest.raises(ValueError, match=f"{name} must be finite, and row 3 is not"):
             ContextualKNN()(query, 5, reference)
-    with pytest.raises(ValueError, match="must have a row at least"):
+    with pytest.raises(ValueError, match="must have at least one row"):
         ContextualKNN()(x, 5, x[:0])
 
 

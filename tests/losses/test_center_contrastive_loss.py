@@ -253,7 +253,7 @@ class TestAverage:
         gradient = CenterContrastiveLoss(C, D)
         with torch.no_grad():
             gradient.centers.copy_(average.centers)
-        if average.seen_classes().all():
+        if (average.class_counts > 0).all():
             assert torch.allclose(loss, gradient(x, labels))
         assert average.eval()(x, labels) == loss
 

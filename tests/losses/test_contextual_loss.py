@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import sys
 import warnings
 
 import pytest
@@ -11,6 +10,7 @@ from pytorch_metric_learning.miners import MultiSimilarityMiner, TripletMarginMi
 from pytorch_metric_learning.reducers import DoNothingReducer, MultipleReducers, SumReducer
 from pytorch_metric_learning.regularizers import LpRegularizer
 
+from pml_extras.functional import _contextual
 from pml_extras.losses import ContextualLoss
 
 
@@ -110,14 +110,14 @@ def test_too_many_neighbours_are_clamped_with_one_warning(batch):
         assert loss_func(x, labels) == clamped
         loss_func(*batch)
         expected = ContextualLoss(num_neighbors=3)
-        expected._seen_batch = True
+        expected._checked_class_sizes = True
         assert expected(x, labels) == clamped
 
 
 def test_more_neighbours_than_samples_of_a_class_warn_once():
     loss_func = ContextualLoss(num_neighbors=4)
     x, labels = torch.randn(12, 5), torch.arange(12) % 6
-    with pytest.warns(UserWarning, match="more than the 2 samples that a class has"):
+    with pytest.warns(UserWarning, match="more than the 2 samples per class"):
         loss_func(x, labels)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -185,13 +185,12 @@ def test_stats_tell_a_good_batch_from_a_bad_one(batch):
     assert loss_func.avg_similarity == pytest.approx(1 / 8)
 
 
-def test_large_batches_take_the_sparse_way_to_the_same_loss(monkeypatch):
+def test_large_batches_use_sparse_matrices_with_the_same_loss(monkeypatch):
     x = torch.randn(120, 16).repeat_interleave(4, 0) + 0.5 * torch.randn(480, 16)
     x, labels = x.requires_grad_(), torch.arange(120).repeat_interleave(4)
     results = []
-    for pays in (True, False):
-        module = sys.modules[ContextualLoss.__module__]
-        monkeypatch.setattr(module, "sparse_pays", lambda *args, pays=pays: pays)
+    for sparse in (True, False):
+        monkeypatch.setattr(_contextual, "prefers_sparse", lambda *args, s=sparse: s)
         loss = ContextualLoss()(x, labels)
         results.append((loss, *torch.autograd.grad(loss, x)))
     for actual, expected in zip(*results, strict=True):

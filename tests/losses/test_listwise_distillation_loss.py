@@ -27,7 +27,9 @@ def test_an_element_a_sample():
         temperature=0.5, include_self=False, reducer=DoNothingReducer()
     )
     losses = loss_func(student, ref_emb=teacher)["loss"]["losses"]
-    assert torch.equal(losses, 0.25 * listwise_kl(student, teacher, 0.5, False))
+    assert torch.equal(
+        losses, 0.25 * listwise_kl(student, teacher, temperature=0.5, include_self=False)
+    )
 
 
 def test_zero_when_student_and_teacher_coincide():

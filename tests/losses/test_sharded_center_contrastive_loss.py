@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 
 import pytest
 import torch
@@ -31,7 +30,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pml_extras.functional.negative_logsumexp import negative_logsumexp
+from pml_extras.functional import _center_contrastive
+from pml_extras.functional._kernels import negative_logsumexp
 from pml_extras.losses import CenterContrastiveLoss, ShardedCenterContrastiveLoss
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch has no distributed package")
@@ -160,9 +160,8 @@ def trained(tmp_path_factory):
             folder = tmp_path_factory.mktemp("trained")
             with pytest.MonkeyPatch.context() as patch:
                 # The 41 classes are taken a chunk at a time, the 5 at once.
-                module = sys.modules[negative_logsumexp.__module__]
-                patch.setattr(module, "FEW", N * C)
-                patch.setattr(module, "CHUNK", N * 3)
+                patch.setattr(_center_contrastive, "DENSE_MAX_LOGITS", N * C)
+                patch.setattr(negative_logsumexp, "CHUNK_NUMEL", N * 3)
                 results[world] = run_processes(train_all, folder, world_size=world)
         return results[world]
 
@@ -506,7 +505,7 @@ BAD_INPUTS = {
     "size": rf"embeddings must have shape \(batch_size, {D}\), got \(8, 3\)",
     "type": r"embeddings must be floating-point numbers, got torch\.int64",
     "nothing": "'NoneType' object has no attribute",
-    "device": "embeddings must lie on cpu, as the centers do, got meta",
+    "device": "embeddings must be on cpu, as the centers are, got meta",
     "references": "ref_emb is not supported",
     "negative index": "indices_tuple must not be negative, got -1",
     "efficient wrapper": "ref_emb is not supported",

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from pytorch_metric_learning.distances import (
@@ -14,7 +12,8 @@ from pytorch_metric_learning.losses import ContrastiveLoss, CrossBatchMemory
 from pytorch_metric_learning.miners import MultiSimilarityMiner
 from torch.nn.functional import normalize
 
-from pml_extras.functional import contextual_similarity_from_distances, weighted_label_vote
+from pml_extras.functional import _pair_mining, contextual_similarity, weighted_label_vote
+from pml_extras.functional._kernels import sparse_contextual
 from pml_extras.miners import ContextualSimilarityMiner
 
 DISTANCES = [
@@ -54,7 +53,7 @@ def wrong_share_of_negatives(pairs, truth):
 def plain_pairs(distances, labels, k, margin, filter_noise):
     """The rules, one pair at a time."""
     n = len(labels)
-    s = contextual_similarity_from_distances(distances, k).tolist()
+    s = contextual_similarity(distances, num_neighbors=k, slack=0.0).tolist()
     d, y = distances.tolist(), labels.tolist()
     classes = sorted(set(y))
     share, trusted = [], []
@@ -197,7 +196,7 @@ def test_clean_labels_lose_few_pairs():
 
 def test_the_vote_finds_wrong_labels():
     x, truth, labels = mixture()
-    context = contextual_similarity_from_distances(torch.cdist(x, x), 4)
+    context = contextual_similarity(torch.cdist(x, x), slack=0.0)
     vote = weighted_label_vote(context.fill_diagonal_(0), labels, labels)
     wrong = labels != truth
     assert vote.is_plurality[~wrong].float().mean() > 0.9
@@ -241,16 +240,17 @@ def test_a_row_that_is_not_finite_takes_no_others_with_it(distance, bad):
 
 
 @pytest.mark.parametrize("filter_noise", [True, False])
-def test_large_batches_take_the_sparse_way_to_the_same_pairs(filter_noise, monkeypatch):
+def test_large_batches_use_sparse_matrices_with_the_same_pairs(filter_noise, monkeypatch):
     x, _, labels = mixture(num_classes=75, per_class=8)
     miner = ContextualSimilarityMiner(filter_noise=filter_noise)
-    sparse_context = sys.modules["pml_extras.functional.sparse_context"]
-    monkeypatch.setattr(sparse_context, "BLOCK", 7 * len(x))
-    assert sparse_context.neighborhood_size(
-        lambda rows: 1 - normalize(x[rows]) @ normalize(x).T, len(x), 4, 0.0, x.device, 60
-    ) == pytest.approx(4)
+    monkeypatch.setattr(_pair_mining, "CHUNK_NUMEL", 7 * len(x))
+    monkeypatch.setattr(sparse_contextual, "CHUNK_NUMEL", 7 * len(x))
+    normalized = normalize(x)
+    assert sparse_contextual.prefers_sparse(
+        lambda rows: -normalized[rows] @ normalized.T, 4, 0.0, x
+    )
     found = miner(x, labels)
-    monkeypatch.setattr(sparse_context, "FORWARD_SPARSITY", len(x))  # never pays
+    monkeypatch.setattr(sparse_contextual, "MIN_SPARSITY", len(x))
     for actual, expected in zip(found, miner(x, labels), strict=True):
         assert torch.equal(actual, expected)
 

@@ -192,12 +192,14 @@ def test_similarity_is_symmetric_and_in_the_unit_interval(cases, data):
     x = data.draw(cases.embeddings(n, d))
     assume(n)
     k, slack = data.draw(NEIGHBORS), data.draw(SLACKS)
-    context = contextual_similarity(pairwise_cosine(x), k, slack)
+    distances = (2 - 2 * pairwise_cosine(x)).clamp_min(0)
+    context = contextual_similarity(distances, num_neighbors=k, slack=slack)
     assert torch.equal(context, context.T)
     assert (context >= 0).all()
     assert (context <= 1 + 1e-6).all()
     queries = data.draw(cases.embeddings(data.draw(st.integers(1, 9)), d, dtype=x.dtype))
-    context = contextual_similarity(pairwise_cosine(queries, x), k, slack, pairwise_cosine(x))
+    query_distances = (2 - 2 * pairwise_cosine(queries, x)).clamp_min(0)
+    context = contextual_similarity(query_distances, distances, num_neighbors=k, slack=slack)
     assert context.shape == (len(queries), n)
     assert (context >= 0).all()
     assert (context <= 1 + 1e-6).all()
@@ -213,7 +215,9 @@ def test_the_batch_as_its_own_references(cases, data):
     s.fill_diagonal_(1)  # the batch's own rule, which queries do not have
     s = torch.minimum(s, torch.ones(()))
     assume(cases.has_gap(2 - 2 * s, k, slack, tolerance=1e-9))
-    one, other = contextual_similarity(s, k, slack), contextual_similarity(s, k, slack, s)
+    d = 2 - 2 * s
+    one = contextual_similarity(d, num_neighbors=k, slack=slack)
+    other = contextual_similarity(d, d, num_neighbors=k, slack=slack)
     assert torch.allclose(one, other, atol=1e-9)
 
 
@@ -230,12 +234,11 @@ def test_broken_rows_break_no_more_than_the_value(cases, data, collect_stats, wi
 
 
 @given(data=st.data())
-def test_mask_of_copies_hides_them(cases, data):
+def test_copies_of_a_sample_do_not_count(cases, data):
     n, d = data.draw(cases.small_shapes)
     x, y = data.draw(cases.embeddings(n, d)), data.draw(cases.any_labels(n))
-    s = pairwise_cosine(x)
-    everything = torch.ones(n, n, dtype=torch.bool)
-    losses = contextual_loss(s, y, 4, 0.05, s, y, everything)
+    copies = x[:1].expand(n, d).contiguous()
+    losses = contextual_loss(copies, y, copies.clone(), y).contextual
     assert torch.equal(losses, torch.zeros(n, dtype=losses.dtype))
 
 

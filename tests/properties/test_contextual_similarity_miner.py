@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from pytorch_metric_learning import distances
 
-from pml_extras.functional.copies import exact_copies
+from pml_extras.functional._self_matches import self_match_mask
 from pml_extras.miners import ContextualSimilarityMiner
 
 DISTANCES = {
@@ -55,7 +55,7 @@ def draw_miner(data, **kwargs):
 def copies_in(x, ref):
     if ref is None:
         return torch.eye(len(x), dtype=torch.bool)
-    return exact_copies(x, ref)
+    return self_match_mask(x, ref)
 
 
 def as_set(anchors, others):
@@ -164,8 +164,8 @@ def test_pairs_are_the_rules(cases, data, with_references):
     miner = draw_miner(data)
     r, r_y = (x, y) if ref is None else (ref, ref_y)
     assume(len(r))
-    table = miner.distances(x, r)
-    ref_table = None if ref is None else miner.distances(ref, ref)
+    table = miner._distances(x, r)
+    ref_table = None if ref is None else miner._distances(ref, ref)
     assume(table.isfinite().all() and (ref_table is None or ref_table.isfinite().all()))
     size = float(table.abs().max()) or 1.0
     rounding = 1e-9 * max(size, 1e-3)
@@ -187,8 +187,8 @@ def test_order_does_not_matter(cases, data, with_references):
     miner = draw_miner(data)
     r, r_y = (x, y) if ref is None else (ref, ref_y)
     assume(len(r))
-    table = miner.distances(x, r)
-    ref_table = None if ref is None else miner.distances(ref, ref)
+    table = miner._distances(x, r)
+    ref_table = None if ref is None else miner._distances(ref, ref)
     assume(table.isfinite().all() and (ref_table is None or ref_table.isfinite().all()))
     size = float(table.abs().max()) or 1.0
     assume(cases.has_gap(table, miner.num_neighbors, 0.0, ref_table, tolerance=1e-9 * size))

@@ -12,8 +12,8 @@ from pml_extras.functional import (
     pairwise_cosine,
     weighted_label_vote,
 )
-from pml_extras.functional.contextual_similarity import neighborhood_mask
-from pml_extras.functional.copies import exact_copies
+from pml_extras.functional._neighborhoods import knn_radii
+from pml_extras.functional._self_matches import self_match_mask
 
 
 def draw_means(data, cases, num_classes, d):
@@ -30,9 +30,11 @@ def test_moving_means_do_not_depend_on_the_order(cases, data, num_classes, norma
     x = data.draw(cases.embeddings(n, d, broken=True))
     y = data.draw(cases.class_labels(n, num_classes)).long()
     means, counts = draw_means(data, cases, num_classes, d)
-    new = moving_class_means(means, counts, x, y, 0.7, normalize)
+    new = moving_class_means(means, counts, x, y, momentum=0.7, normalize=normalize)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(data.draw(cases.seeds)))
-    permuted = moving_class_means(means, counts, x[order], y[order], 0.7, normalize)
+    permuted = moving_class_means(
+        means, counts, x[order], y[order], momentum=0.7, normalize=normalize
+    )
     for a, b in zip(new, permuted, strict=True):
         assert torch.equal(a[order], b)
     for c in range(num_classes):
@@ -46,7 +48,7 @@ def test_moving_means_are_right_and_classes_apart(cases, data, num_classes):
     x = data.draw(cases.embeddings(n, d, broken=True))
     y = data.draw(cases.class_labels(n, num_classes)).long()
     means, counts = draw_means(data, cases, num_classes, d)
-    new, new_counts = moving_class_means(means, counts, x, y, 0.7)
+    new, new_counts = moving_class_means(means, counts, x, y, momentum=0.7)
     assert new.dtype == means.dtype
     finite = x.isfinite().all(1)
     limit = torch.finfo(means.dtype).max
@@ -76,7 +78,7 @@ def test_copies_are_the_rows_with_equal_bits(cases, data):
     expected = (bits[:, None] == ref_bits).all(2)
     nan = x.isnan().any(1)[:, None] | ref.isnan().any(1)
     # Widening a NaN may change its bits.
-    assert torch.equal(exact_copies(x, ref) | nan, expected | nan)
+    assert torch.equal(self_match_mask(x, ref) | nan, expected | nan)
 
 
 @given(data=st.data())
@@ -96,7 +98,7 @@ def test_cosines(cases, data):
 def test_neighbourhoods_hold_k_or_more(cases, data, k, slack):
     n, d = data.draw(cases.small_shapes)
     table = data.draw(cases.embeddings(n, d, dtype=torch.float64, extreme=False))
-    mask = neighborhood_mask(table, k, slack)
+    mask = table <= knn_radii(table, k, slack)[0]
     assert (mask.sum(1) >= min(k, d)).all()
     farthest_in = table.masked_fill(~mask, -float("inf")).amax(1)
     nearest_out = table.masked_fill(mask, float("inf")).amin(1)
@@ -138,8 +140,8 @@ def test_interference_is_bounded_by_the_distance_to_a_mean(cases, data, num_clas
             y,
             means,
             counts,
-            strength,
-            probability,
+            strength=strength,
+            probability=probability,
             normalize=False,
             random_strength=random_strength,
             generator=torch.Generator().manual_seed(seed),

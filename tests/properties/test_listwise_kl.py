@@ -37,7 +37,7 @@ def test_values_and_gradients(cases, data, include_self):
     assert loss >= 0
     if cases.gradients_fit(student, max(1.0, 4 * temperature)):
         assert student.grad.isfinite().all()
-    kl = listwise_kl(student.detach(), teacher, temperature, include_self)
+    kl = listwise_kl(student.detach(), teacher, temperature=temperature, include_self=include_self)
     assert kl.shape == (n,)
     assert (kl >= 0).all()
     if n and cases.norms_are_ordinary(student, teacher):
@@ -58,9 +58,10 @@ def test_gradients_are_the_formulas(cases, data, include_self):
     temperature = data.draw(cases.log_uniform(-2, 3))
     assume((student.norm(dim=1) > 0).all())
     gradients = []
-    for function in (listwise_kl, lambda *args: plain_kl(cases, *args)):
+    for function in (listwise_kl, lambda *args, **options: plain_kl(cases, *args, **options)):
         x = student.clone().requires_grad_()
-        function(x, teacher, temperature, include_self).sum().backward()
+        options = {"temperature": temperature, "include_self": include_self}
+        function(x, teacher, **options).sum().backward()
         gradients.append(x.grad * student.norm(dim=1, keepdim=True))
     assert torch.allclose(*gradients, rtol=1e-9, atol=1e-12 / temperature**2)
 
@@ -70,15 +71,15 @@ def test_order_and_scale_do_not_matter(cases, data):
     n, d = data.draw(cases.shapes)
     student, teacher = (data.draw(cases.embeddings(n, d, extreme=False)) for _ in range(2))
     temperature = data.draw(cases.log_uniform(-1, 3))
-    kl = listwise_kl(student, teacher, temperature)
+    kl = listwise_kl(student, teacher, temperature=temperature)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(data.draw(cases.seeds)))
-    permuted = listwise_kl(student[order], teacher[order], temperature)
+    permuted = listwise_kl(student[order], teacher[order], temperature=temperature)
     assert torch.allclose(permuted, kl[order], rtol=1e-4, atol=1e-4 / temperature)
     factor = 2.0 ** data.draw(st.integers(-6, 6))
     scaled = student * factor
     assume(scaled.isfinite().all() and torch.equal(scaled / factor, student))
     assume(cases.norms_are_ordinary(student * 1e-3))
-    assert torch.equal(listwise_kl(scaled, teacher, temperature), kl)
+    assert torch.equal(listwise_kl(scaled, teacher, temperature=temperature), kl)
 
 
 @given(data=st.data())
@@ -86,7 +87,7 @@ def test_nothing_to_learn_from_oneself(cases, data):
     n, d = data.draw(cases.shapes)
     x = data.draw(cases.embeddings(n, d))
     temperature = data.draw(cases.log_uniform(-3, 3))
-    assert (listwise_kl(x, x.clone(), temperature) == 0).all()
+    assert (listwise_kl(x, x.clone(), temperature=temperature) == 0).all()
 
 
 @given(data=st.data())

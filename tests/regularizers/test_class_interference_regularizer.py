@@ -59,7 +59,7 @@ def test_embeddings_move_by_the_means_before_the_batch(batch):
     state = copy.deepcopy(regularizer)
     y = torch.randn(N, D)
     expected = class_interference(
-        y, labels, state.class_means, state.class_counts, 0.1, generator=state.generator
+        y, labels, state.class_means, state.class_counts, generator=state.generator
     )
     assert torch.equal(regularizer.interfere(y, labels), expected)
 
@@ -185,7 +185,7 @@ class TestAttach:
     def test_wrappers_and_doubles_are_refused(self, batch):
         with pytest.raises(TypeError, match="CrossBatchMemory wraps a loss: attach to that"):
             make().attach(CrossBatchMemory(ContrastiveLoss(), D))
-        with pytest.raises(ValueError, match="has a class interference attached already"):
+        with pytest.raises(ValueError, match="already has a class interference attached"):
             make().attach(make().attach(ContrastiveLoss()))
 
 

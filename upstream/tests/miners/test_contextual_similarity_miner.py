@@ -3,16 +3,14 @@ import unittest
 import torch
 from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
 from pytorch_metric_learning.miners import ContextualSimilarityMiner
-from pytorch_metric_learning.utils.functional import (
-    contextual_similarity_from_distances,
-)
+from pytorch_metric_learning.utils.functional import contextual_similarity
 
 from .. import TEST_DEVICE, TEST_DTYPES
 
 
 def plain_pairs(distances, labels, k, margin):
     """The rules without the filter, one pair at a time."""
-    s = contextual_similarity_from_distances(distances, k).tolist()
+    s = contextual_similarity(distances, num_neighbors=k, slack=0.0).tolist()
     d, y = distances.tolist(), labels.tolist()
     positives, negatives = set(), set()
     for i in range(len(y)):

@@ -1,19 +1,18 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 
 import pytest
 import torch
 from torch.nn.functional import normalize
 
 from pml_extras.functional import (
+    _reranking,
     build_reference_index,
     contextual_rerank,
-    contextual_similarity_from_distances,
+    contextual_similarity,
     pairwise_cosine,
 )
-from pml_extras.functional import contextual_rerank as function
 
 
 @pytest.fixture(params=["faiss", "torch"])
@@ -31,11 +30,11 @@ def mixture(num_references, dim=10, noise=0.5):
 
 def brute_force(query, references, k, weight, are_references):
     cosine = pairwise_cosine(query, references)
-    among = 1 - pairwise_cosine(references)
+    ref_distances = 1 - pairwise_cosine(references)
     if are_references:
-        context = contextual_similarity_from_distances(among, k)[: len(query)]
+        context = contextual_similarity(ref_distances, num_neighbors=k, slack=0.0)[: len(query)]
     else:
-        context = contextual_similarity_from_distances(1 - cosine, k, ref_distances=among)
+        context = contextual_similarity(1 - cosine, ref_distances, num_neighbors=k, slack=0.0)
     return (1 - weight) * (1 - context) + weight * (1 - cosine) / 2
 
 
@@ -48,53 +47,58 @@ def test_equals_brute_force(are_references, num_references, k, weight):
     query = references[:20] if are_references else mixture(20)
     own = torch.arange(len(query)) if are_references else None
     expected = brute_force(query, references, k, weight, are_references)
-    graph = build_reference_index(references, k)
+    index = build_reference_index(references, num_neighbors=k)
     distances, indices = contextual_rerank(
-        query, graph, num_references, num_references, weight, own
+        query,
+        index,
+        num_references,
+        num_candidates=num_references,
+        distance_weight=weight,
+        query_indices=own,
     )
     assert torch.allclose(distances, expected.gather(1, indices), atol=1e-6)
     assert torch.allclose(distances, expected.sort(1).values, atol=1e-6)
     assert (indices.sort(1).values == torch.arange(num_references)).all()
 
 
-def test_blocks_do_not_change_the_answer(monkeypatch):
+def test_chunks_do_not_change_the_result(monkeypatch):
     references, query = mixture(50), mixture(17)
-    graph = build_reference_index(references, 8)
-    expected = contextual_rerank(query, graph, 10)
-    monkeypatch.setattr(sys.modules[function.__module__], "BLOCK", 700)
-    again = build_reference_index(references, 8)
-    assert all(torch.equal(a, b) for a, b in zip(again, graph, strict=True))
+    index = build_reference_index(references, num_neighbors=8)
+    expected = contextual_rerank(query, index, 10)
+    monkeypatch.setattr(_reranking, "CHUNK_NUMEL", 700)
+    again = build_reference_index(references, num_neighbors=8)
+    assert all(torch.equal(a, b) for a, b in zip(again, index, strict=True))
     found = contextual_rerank(query, again, 10)
     assert torch.allclose(found[0], expected[0], atol=1e-6)
     assert torch.equal(found[1], expected[1])
 
 
-def test_graph():
+def test_the_reference_index():
     references = mixture(40)
-    graph = build_reference_index(references, 6)
+    index = build_reference_index(references, num_neighbors=6)
     cosine = pairwise_cosine(references)
-    assert torch.equal(graph.neighbors, cosine.topk(6).indices)
-    assert torch.equal(graph.neighbors[:, 0], torch.arange(40))
-    assert torch.allclose(graph.similarity, cosine.gather(1, graph.neighbors), atol=1e-6)
-    first = graph.neighbors[:, :3].tolist()
+    assert torch.equal(index.neighbors, cosine.topk(6).indices)
+    assert torch.equal(index.neighbors[:, 0], torch.arange(40))
+    assert torch.allclose(index.similarity, cosine.gather(1, index.neighbors), atol=1e-6)
+    first = index.neighbors[:, :3].tolist()
     for i in range(40):
-        assert graph.reciprocal[i].tolist() == [i in first[j] for j in first[i]]
+        assert index.is_reciprocal_half[i].tolist() == [i in first[j] for j in first[i]]
 
 
 def test_duplicates_find_themselves_first():
     references = mixture(10).repeat(4, 1)  # each four times
-    graph = build_reference_index(references, 4)
-    assert torch.equal(graph.neighbors[:, 0], torch.arange(40))
-    distances, indices = contextual_rerank(references, graph, 4, query_indices=torch.arange(40))
+    index = build_reference_index(references, num_neighbors=4)
+    assert torch.equal(index.neighbors[:, 0], torch.arange(40))
+    distances, indices = contextual_rerank(references, index, 4, query_indices=torch.arange(40))
     assert distances.isfinite().all()
     assert (indices % 10 == torch.arange(40)[:, None] % 10).all()
 
 
-def test_only_candidates_are_worked_out():
+def test_only_candidates_are_reranked():
     references, query = mixture(60), mixture(8)
-    graph = build_reference_index(references, 5)
-    full = contextual_rerank(query, graph, 60, 60)
-    few, indices = contextual_rerank(query, graph, 12, 12)
+    index = build_reference_index(references, num_neighbors=5)
+    full = contextual_rerank(query, index, 60, num_candidates=60)
+    few, indices = contextual_rerank(query, index, 12, num_candidates=12)
     nearest = pairwise_cosine(query, references).topk(12).indices
     assert torch.equal(indices.sort(1).values, nearest.sort(1).values)
     assert few.min() >= full[0].min() - 1e-6
@@ -104,18 +108,27 @@ def test_context_corrects_a_distance():
     # A chain leads away from the query, and another group begins nearer to it than the chain ends.
     angles = torch.tensor([0.0, 0.12, 0.24, 0.36, -0.33, -0.40, -0.45, -0.5])
     points = torch.stack([angles.cos(), angles.sin()], 1)
-    graph = build_reference_index(points, 4)
-    order = contextual_rerank(points[:1], graph, 8, 8, 0.0, torch.tensor([0]))[1][0].tolist()
+    index = build_reference_index(points, num_neighbors=4)
+    order = contextual_rerank(
+        points[:1],
+        index,
+        8,
+        num_candidates=8,
+        distance_weight=0.0,
+        query_indices=torch.tensor([0]),
+    )[1][0].tolist()
     assert order.index(3) < order.index(4)
     assert pairwise_cosine(points)[0, 3] < pairwise_cosine(points)[0, 4]
 
 
 def test_half_precision_and_scale():
     references, query = mixture(40), mixture(9)
-    expected = contextual_rerank(query, build_reference_index(references, 5), 40)
-    scaled = contextual_rerank(4 * query, build_reference_index(0.5 * references, 5), 40)
+    expected = contextual_rerank(query, build_reference_index(references, num_neighbors=5), 40)
+    scaled = contextual_rerank(
+        4 * query, build_reference_index(0.5 * references, num_neighbors=5), 40
+    )
     assert torch.equal(scaled[1], expected[1])
     half = contextual_rerank(
-        normalize(query).half(), build_reference_index(references.half(), 5), 40
+        normalize(query).half(), build_reference_index(references.half(), num_neighbors=5), 40
     )
     assert half[0].dtype == torch.float32

@@ -36,7 +36,15 @@ def batch():
 def test_equals_the_plain_formula_with_gradients(batch, scale, margin, weight, smoothing):
     x, c, labels = (t.requires_grad_(t.is_floating_point()) for t in batch)
     losses = [
-        f(x, c, labels, scale, margin, weight, smoothing)
+        f(
+            x,
+            c,
+            labels,
+            scale=scale,
+            margin=margin,
+            center_weight=weight,
+            label_smoothing=smoothing,
+        )
         for f in (center_contrastive_loss, plain_loss)
     ]
     assert torch.allclose(*losses, rtol=1e-10, atol=1e-12)
@@ -51,7 +59,7 @@ def test_gradcheck(batch):
     x, c, labels = batch
     x, c, labels = x[:5].requires_grad_(), c.requires_grad_(), labels[:5]
     assert torch.autograd.gradcheck(
-        lambda x, c: center_contrastive_loss(x, c, labels, 4.0, 0.2, 1.5, 0.1), (x, c)
+        lambda x, c: center_contrastive_loss(x, c, labels, scale=4.0, label_smoothing=0.1), (x, c)
     )
 
 
@@ -60,11 +68,13 @@ def test_published_gradients_with_respect_to_the_cosines(batch):
     # whose cosines are the coordinates of a unit vector; its gradient is projected on the sphere.
     labels, s, m, weight = torch.tensor([2]), 16.0, 0.2, 1.5
     x = normalize(torch.randn(1, 5, dtype=torch.float64)).requires_grad_()
-    center_contrastive_loss(x, torch.eye(5, dtype=torch.float64), labels, s, m, weight).backward()
+    center_contrastive_loss(
+        x, torch.eye(5, dtype=torch.float64), labels, scale=s, margin=m, center_weight=weight
+    ).backward()
     p = margined_logits(x.detach(), torch.eye(5, dtype=torch.float64), labels, s, m).softmax(1)
-    by_cosine = s * p
-    by_cosine[0, 2] = -s * (1 - p[0, 2]) - 2 * weight
-    tangent = by_cosine - (by_cosine * x).sum() * x.detach()
+    grad_cosine = s * p
+    grad_cosine[0, 2] = -s * (1 - p[0, 2]) - 2 * weight
+    tangent = grad_cosine - (grad_cosine * x).sum() * x.detach()
     assert torch.allclose(x.grad, tangent, atol=1e-12)
 
 
@@ -80,13 +90,15 @@ def test_float32_keeps_its_accuracy_on_easy_samples():
     c = normalize(torch.randn(20, 256, dtype=torch.float64))
     labels = torch.randint(20, (200,))
     x = c[labels] + 0.01 * torch.randn(200, 256, dtype=torch.float64)
-    exact = center_contrastive_loss(x, c, labels, scale, margin, 0)
+    exact = center_contrastive_loss(x, c, labels, scale=scale, margin=margin, center_weight=0)
     assert exact.max() < 1e-6  # easy indeed
 
     def worst_error(losses):
         return float(((losses.double() - exact) / exact).abs().max())
 
-    ours = center_contrastive_loss(x.float(), c.float(), labels, scale, margin, 0)
+    ours = center_contrastive_loss(
+        x.float(), c.float(), labels, scale=scale, margin=margin, center_weight=0
+    )
     usual = cross_entropy(
         margined_logits(x.float(), c.float(), labels, scale, margin), labels, reduction="none"
     )
@@ -96,15 +108,17 @@ def test_float32_keeps_its_accuracy_on_easy_samples():
 
 def test_unseen_classes_take_no_part(batch):
     x, c, labels = batch
-    seen = torch.ones(9, dtype=torch.bool)
-    seen[labels.unique()[0]] = False
-    keep = seen[labels]
-    renumbered = (seen.cumsum(0) - 1)[labels[keep]]
+    class_mask = torch.ones(9, dtype=torch.bool)
+    class_mask[labels.unique()[0]] = False
+    keep = class_mask[labels]
+    renumbered = (class_mask.cumsum(0) - 1)[labels[keep]]
     for smoothing in (0.0, 0.2):
         actual = center_contrastive_loss(
-            x[keep], c, labels[keep], label_smoothing=smoothing, seen=seen
+            x[keep], c, labels[keep], label_smoothing=smoothing, class_mask=class_mask
         )
-        expected = center_contrastive_loss(x[keep], c[seen], renumbered, label_smoothing=smoothing)
+        expected = center_contrastive_loss(
+            x[keep], c[class_mask], renumbered, label_smoothing=smoothing
+        )
         assert torch.allclose(actual, expected)
 
 

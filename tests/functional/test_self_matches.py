@@ -3,28 +3,28 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pml_extras.functional.copies import exact_copies, row_fingerprints
+from pml_extras.functional._self_matches import row_hashes, self_match_mask
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_copies_are_the_rows_with_equal_bits(dtype):
+def test_matches_are_the_rows_with_equal_bits(dtype):
     x = torch.randn(40, 6, dtype=dtype).round()
     references = torch.cat([x[::3], -x, x.flip(1), torch.randn(5, 6, dtype=dtype)])
     expected = (x[:, None] == references).all(2)
     both_zeros = (
         (x[:, None] == 0) & (references == 0) & (x[:, None].signbit() ^ references.signbit())
     )
-    assert torch.equal(exact_copies(x, references), expected & ~both_zeros.any(2))
+    assert torch.equal(self_match_mask(x, references), expected & ~both_zeros.any(2))
 
 
 def test_changes_of_sign_do_not_cancel():
     x = torch.randn(8, 8, dtype=torch.float64)
-    assert not exact_copies(x, -x).any()
-    assert not exact_copies(x, x * torch.tensor([-1, -1, 1, 1, 1, 1, 1, 1])).any()
+    assert not self_match_mask(x, -x).any()
+    assert not self_match_mask(x, x * torch.tensor([-1, -1, 1, 1, 1, 1, 1, 1])).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("size", [7, 8])
-def test_fingerprints_of_half_precision_are_those_of_the_same_numbers(dtype, size):
+def test_hashes_of_half_precision_equal_those_of_the_same_float32_numbers(dtype, size):
     x = torch.randn(5, size, dtype=dtype)
-    assert torch.equal(row_fingerprints(x), row_fingerprints(x.float()))
+    assert torch.equal(row_hashes(x), row_hashes(x.float()))

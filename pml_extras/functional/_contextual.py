@@ -1,0 +1,285 @@
+"""Contextual similarity and the three terms of the contextual loss (arXiv 2210.01908)."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, relu
+
+from ._kernels.chunked_contrastive import chunked_contrastive_term
+from ._kernels.precision import full_precision, pairwise_dot
+from ._kernels.sparse_contextual import (
+    DistanceRows,
+    SparseContextualSimilarity,
+    prefers_sparse,
+    sparse_contextual_term,
+    squared_distance_rows,
+)
+from ._neighborhoods import STEP_SLOPE, knn_radii, neighborhood_overlap, self_nearest
+from ._self_matches import self_match_mask
+
+
+@full_precision
+def contextual_similarity(
+    distances: Tensor,
+    ref_distances: Tensor | None = None,
+    *,
+    num_neighbors: int = 4,
+    slack: float = 0.05,
+) -> Tensor:
+    r"""Contextual similarity: how much the neighborhoods of two samples overlap.
+
+    A sample's neighborhood holds all samples that are no farther than its k-th nearest neighbor
+    plus a slack: :math:`M_{ij} = [D_{ij} \le v_i(k) + \epsilon]`. :math:`M^2` is the same with
+    :math:`\lfloor k/2 \rfloor` neighbors. The overlap of two neighborhoods counts shared neighbors
+    and shared non-neighbors. It is averaged over each sample's reciprocal neighbors (local query
+    expansion):
+
+    .. math::
+        W &= \tfrac12 \Big(\frac{M M^\top}{c_i} + \frac{(1-M)(1-M)^\top}{N - c_i}\Big) \circ M,
+            \qquad c_i = \sum_j M_{ij} \\
+        R &= M^2 \circ (M^2)^\top, \qquad
+            J = \frac{R W}{\sum_l R_{il}}, \qquad S = \tfrac12 (J + J^\top)
+
+    The step :math:`[\cdot]` has a straight-through gradient: exact in forward, a constant slope of
+    10 per unit of distance in backward. The radii and the denominators :math:`c_i` and
+    :math:`N - c_i` carry no gradient.
+
+    With queries and references, all neighbors are references. A query lies in the neighborhood of
+    a reference if it is within the reference's own radius.
+
+    Args:
+        distances: (N, N) between the samples of a batch, smaller is nearer; or (Q, R) from queries
+            to references, with ``ref_distances``. For the published form, squared distances of
+            normalized embeddings: ``2 - 2 * pairwise_cosine(x)``.
+        ref_distances: (R, R) between the references.
+        num_neighbors: k >= 1, including the sample itself; clamped to the number of references.
+        slack: eps >= 0, in units of ``distances``.
+        Returns:
+        (N, N) symmetric, or (Q, R), in [0, 1], float32 or wider.
+
+    Source: arXiv 2210.01908. Ours: every sample is its own nearest neighbor whatever the rounding;
+    a neighborhood of the whole batch has a non-neighbor overlap of 0, where the authors' code
+    divides 0 by 0; k = 1 and k > N are allowed; other distances and references.
+
+    Example:
+        >>> import torch
+        >>> from pml_extras.functional import pairwise_cosine
+        >>> x = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
+        >>> contextual_similarity(2 - 2 * pairwise_cosine(x), num_neighbors=2)
+        tensor([[1., 1., 0., 0.],
+                [1., 1., 0., 0.],
+                [0., 0., 1., 1.],
+                [0., 0., 1., 1.]])
+    """
+    if distances.numel() == 0:
+        return distances.clone()
+    if ref_distances is not None:
+        return _similarity_to_references(distances, ref_distances, num_neighbors, slack)
+    return _similarity_within_batch(distances, num_neighbors, slack)
+
+
+def _similarity_within_batch(distances: Tensor, k: int, slack: float) -> Tensor:
+    """All matrices are (N, N)."""
+    n = len(distances)
+    distances = self_nearest(distances, torch.arange(n, device=distances.device))
+    radius, half_radius = knn_radii(distances, k, slack)
+    knn_mask = _step(distances, radius)  # M
+    half_knn_mask = _step(distances, half_radius)  # M2
+    weights = _overlap(knn_mask, knn_mask) * knn_mask  # W
+    reciprocal = half_knn_mask * half_knn_mask.T  # R
+    context = _weighted_mean(reciprocal, weights)  # J
+    return (context + context.T) / 2  # S
+
+
+def _similarity_to_references(
+    distances: Tensor, ref_distances: Tensor, k: int, slack: float
+) -> Tensor:
+    """The same between Q queries and R references: both directions of J are computed."""
+    num_refs = len(ref_distances)
+    ref_distances = self_nearest(ref_distances, torch.arange(num_refs, device=distances.device))
+    radius, half_radius = knn_radii(distances, k, slack)  # of the queries
+    ref_radius, ref_half_radius = knn_radii(ref_distances, k, slack)
+
+    query_knn, query_half_knn = _step(distances, radius), _step(distances, half_radius)  # (Q, R)
+    ref_knn, ref_half_knn = _step(ref_distances, ref_radius), _step(ref_distances, ref_half_radius)
+    # Which references have the query in their neighborhood, (Q, R)
+    in_ref_knn, in_ref_half_knn = (
+        _step(distances, ref_radius.T),
+        _step(distances, ref_half_radius.T),
+    )
+
+    ref_weights = _overlap(ref_knn, ref_knn) * ref_knn  # (R, R)
+    query_to_ref = _weighted_mean(query_half_knn * in_ref_half_knn, ref_weights)  # (Q, R)
+    query_weights = _overlap(ref_knn, query_knn) * in_ref_knn.T  # (R, Q)
+    ref_to_query = _weighted_mean(ref_half_knn * ref_half_knn.T, query_weights)  # (R, Q)
+    return (query_to_ref + ref_to_query.T) / 2
+
+
+def _step(distances: Tensor, radius: Tensor) -> Tensor:
+    """1 within the radius, 0 outside; a straight-through estimator with the slope -10."""
+    inside = (distances <= radius).to(distances.dtype)
+    return inside + STEP_SLOPE * (distances.detach() - distances)
+
+
+def _overlap(mask: Tensor, other_mask: Tensor) -> Tensor:
+    """H, (A, B), of neighborhoods given as masks, (A, R) and (B, R)."""
+    return neighborhood_overlap(
+        num_shared=pairwise_dot(mask, other_mask),
+        size=mask.sum(1, keepdim=True),
+        other_size=other_mask.sum(1),
+        num_references=mask.shape[1],
+    )
+
+
+def _weighted_mean(weights: Tensor, values: Tensor) -> Tensor:
+    """The mean of the rows of ``values`` (R, C) with weights (A, R): (A, C), 0 without weights."""
+    total = weights.sum(1, keepdim=True)
+    return pairwise_dot(weights, values.T) / torch.where(total == 0, 1, total)
+
+
+def contextual_similarity_matrix(
+    distance_rows: DistanceRows, samples: Tensor, *, num_neighbors: int
+) -> Tensor | SparseContextualSimilarity:
+    """The contextual similarity of N samples without slack and gradient, dense or sparse.
+
+    Both kinds offer ``S[rows]``, ``S @ x`` and ``S.diagonal()``.
+
+    Args:
+        distance_rows: returns the distances, (B, N), of a slice of B samples to all.
+        samples: (N, ...), for their number and device.
+    """
+    if prefers_sparse(distance_rows, num_neighbors, 0.0, samples):
+        return SparseContextualSimilarity(distance_rows, num_neighbors, samples)
+    distances = distance_rows(slice(0, len(samples)))
+    return contextual_similarity(distances, num_neighbors=num_neighbors, slack=0.0)
+
+
+class ContextualLossTerms(NamedTuple):
+    """The three terms of :func:`contextual_loss`, before their weights."""
+
+    contextual: Tensor
+    """(N,) in [0, 1]; the mean is the published term."""
+    contrastive: Tensor
+    """(N,); the mean is the published term."""
+    mean_similarity: Tensor
+    """()."""
+
+
+@full_precision
+def contextual_loss(
+    embeddings: Tensor,
+    labels: Tensor,
+    ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    pair_weights: tuple[Tensor, Tensor] | None = None,
+    *,
+    num_neighbors: int = 4,
+    slack: float = 0.05,
+    pos_margin: float = 0.75,
+    neg_margin: float = 0.6,
+    target_similarity: float = 0.25,
+    implementation: Literal["auto", "sparse", "reference"] = "auto",
+) -> ContextualLossTerms:
+    r"""The three terms of the contextual loss, for samples i and references j.
+
+    .. math::
+        \ell^\mathrm{context}_i &= \frac1R \sum_{j \ne i} (S_{ij} - [y_i = y_j])^2 \\
+        L_\mathrm{contrast} &= \operatorname*{mean}_{\text{active positives}} (m^+ - s_{ij})_+
+            + \operatorname*{mean}_{\text{active negatives}} (s_{ij} - m^-)_+ \\
+        L_\mathrm{similarity} &= \Big(\frac1{NR} \sum_{ij} s_{ij} - t\Big)^2
+
+    with the cosine similarity s and the :func:`contextual_similarity` S of the squared distances
+    :math:`2 - 2s`. A pair is active if it is on the wrong side of its margin.
+
+    Args:
+        embeddings: (N, D), any floating dtype and scale.
+        labels: (N,) integers.
+        ref_emb: (R, D), R >= 1, the references. Default: the batch itself. References that equal a
+            sample bit by bit count as the sample itself.
+        ref_labels: (R,) integers, required with ``ref_emb``.
+        pair_weights: (N, R) twice: how often each pair counts as a positive and as a negative of
+            the contrastive term. Default: all pairs of equal and of different labels, once.
+        num_neighbors: k >= 1, including the sample itself; clamped to R.
+        slack: eps >= 0, in units of squared distance between normalized embeddings.
+        pos_margin, neg_margin: :math:`m^+` and :math:`m^-`, cosine similarities.
+        target_similarity: t, a cosine similarity.
+        implementation: "reference" is plain autograd. "sparse" makes no (N, N) matrix, has a
+            hand-derived gradient, and cannot be differentiated twice; it needs small neighborhoods
+            and does not support references. "auto" measures a sample of the neighborhoods and
+            takes the faster one.
+
+    Returns:
+        :class:`ContextualLossTerms`, float32 or wider.
+
+    Source: arXiv 2210.01908 and the authors' code. References and the sparse form are ours.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
+        >>> contextual_loss(x, torch.tensor([0, 0, 1, 1]), num_neighbors=2).contextual
+        tensor([0., 0., 0., 0.])
+    """
+    if len(embeddings) == 0:
+        zeros = embeddings.sum(1)
+        return ContextualLossTerms(zeros, zeros, zeros.sum())
+    x = normalize(embeddings)
+    refs = x if ref_emb is None else normalize(ref_emb)
+    if implementation == "auto":
+        is_sparse = ref_emb is None and prefers_sparse(
+            squared_distance_rows(x), num_neighbors, slack, x, labels
+        )
+        implementation = "sparse" if is_sparse else "reference"
+    if implementation == "sparse" and ref_emb is not None:
+        raise ValueError('implementation="sparse" does not support ref_emb')
+
+    # L_similarity: the mean of all dot products is the dot product of the means.
+    mean_similarity = (x.mean(0) @ refs.mean(0) - target_similarity).square()
+
+    if implementation == "sparse" and pair_weights is None:
+        contextual = sparse_contextual_term(x, labels, num_neighbors, slack)
+        contrastive = chunked_contrastive_term(x, labels, pos_margin, neg_margin)
+        return ContextualLossTerms(contextual, contrastive, mean_similarity)
+
+    similarities = pairwise_dot(x, refs)  # s, (N, R)
+    if ref_emb is None or ref_labels is None:
+        ref_labels, ref_distances = labels, None
+        is_self = torch.eye(len(x), dtype=torch.bool, device=x.device)
+    else:
+        ref_distances = _squared_distances(pairwise_dot(refs, refs))
+        is_self = self_match_mask(embeddings, ref_emb)
+    same_class = labels[:, None] == ref_labels  # y, (N, R)
+
+    # L_context
+    if implementation == "sparse":
+        contextual = sparse_contextual_term(x, labels, num_neighbors, slack)
+    else:
+        context = contextual_similarity(
+            _squared_distances(similarities),
+            ref_distances,
+            num_neighbors=num_neighbors,
+            slack=slack,
+        )
+        errors = (context - same_class.to(context.dtype)).masked_fill(is_self, 0)
+        contextual = errors.square().sum(1) / len(refs)
+
+    # L_contrast
+    if pair_weights is None:
+        # As in PML, a copy of the sample among the references counts as a positive.
+        positives = same_class if ref_emb is not None else same_class & ~is_self
+        pair_weights = positives, ~same_class
+    contrastive = _mean_over_active(relu(pos_margin - similarities), pair_weights[0])
+    contrastive = contrastive + _mean_over_active(relu(similarities - neg_margin), pair_weights[1])
+    return ContextualLossTerms(contextual, contrastive, mean_similarity)
+
+
+def _squared_distances(similarities: Tensor) -> Tensor:
+    return (2 - 2 * similarities).clamp_min(0)
+
+
+def _mean_over_active(excess: Tensor, weights: Tensor) -> Tensor:
+    """Each anchor's part of the weighted mean over the pairs with excess > 0, (N, R), times N."""
+    num_active = torch.where(excess > 0, weights, 0).sum().to(excess.dtype)
+    return (excess * weights).sum(1) * (len(excess) / num_active.clamp_min(1))

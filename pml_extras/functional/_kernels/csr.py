@@ -1,0 +1,103 @@
+"""Square sparse matrices: a thin layer over torch's CSR format and its fast products."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class SparseMatrix(NamedTuple):
+    """An n x n matrix. Entries are sorted by row, then by column, without duplicates."""
+
+    rows: Tensor
+    cols: Tensor
+    values: Tensor
+    n: int
+
+    def __matmul__(self, other: SparseMatrix) -> SparseMatrix:
+        return _from_csr(_to_csr(self) @ _to_csr(other))
+
+    def matmul_dense(self, dense: Tensor) -> Tensor:
+        product: Tensor = _to_csr(self) @ dense
+        return product
+
+    def plus(self, other: SparseMatrix) -> SparseMatrix:
+        return _from_csr(_to_csr(self) + _to_csr(other))
+
+    def transpose(self) -> SparseMatrix:
+        return _sorted(self.cols, self.rows, self.values, self.n)
+
+    def with_values(self, values: Tensor) -> SparseMatrix:
+        return self._replace(values=values)
+
+    def at(self, rows: Tensor, cols: Tensor) -> Tensor:
+        """The entries at these positions, 0 where nothing is stored."""
+        keys, wanted = self.rows * self.n + self.cols, rows * self.n + cols
+        position = torch.searchsorted(keys, wanted).clamp_max(len(keys) - 1)
+        return torch.where(keys[position] == wanted, self.values[position], 0)
+
+    def entries(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows (counted from ``rows.start``), columns and values of consecutive rows."""
+        limits = self.rows.new_tensor([rows.start, rows.stop])
+        start, end = torch.searchsorted(self.rows, limits).tolist()
+        return self.rows[start:end] - rows.start, self.cols[start:end], self.values[start:end]
+
+    def row_sums(self) -> Tensor:
+        return self.values.new_zeros(self.n).index_add_(0, self.rows, self.values)
+
+
+def same_class_matrix(class_indices: Tensor, value: Tensor) -> SparseMatrix:
+    """The matrix with ``value`` where two samples are of one class; classes are 0, 1, ..."""
+    n = len(class_indices)
+    order = class_indices.argsort()
+    sizes = torch.bincount(class_indices)
+    first = sizes.cumsum(0) - sizes
+    rows, position = repeat_arange(first[class_indices], sizes[class_indices])
+    keys = (rows * n + order[position]).sort().values
+    return SparseMatrix(keys // n, keys % n, value.expand(len(keys)), n)
+
+
+def repeat_arange(first: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Concatenates arange(f, f + s) for each f of ``first`` and s of ``sizes``.
+
+    Returns the index of each number's range, and the numbers.
+    """
+    index = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
+    start = first - (sizes.cumsum(0) - sizes)
+    return index, start[index] + torch.arange(len(index), device=sizes.device)
+
+
+def _sorted(rows: Tensor, cols: Tensor, values: Tensor, n: int) -> SparseMatrix:
+    order = (rows * n + cols).argsort()
+    return SparseMatrix(rows[order], cols[order], values[order], n)
+
+
+def _to_csr(matrix: SparseMatrix) -> Tensor:
+    _suppress_beta_warning()
+    ends = torch.bincount(matrix.rows, minlength=matrix.n).cumsum(0)
+    return torch.sparse_csr_tensor(
+        torch.cat([ends.new_zeros(1), ends]),
+        matrix.cols,
+        matrix.values,
+        (matrix.n, matrix.n),
+        check_invariants=False,
+    )
+
+
+def _from_csr(matrix: Tensor) -> SparseMatrix:
+    per_row = matrix.crow_indices().diff()
+    rows = torch.arange(len(per_row), device=per_row.device).repeat_interleave(per_row)
+    # A product's columns are not sorted.
+    return _sorted(rows, matrix.col_indices(), matrix.values(), len(per_row))
+
+
+@functools.cache
+def _suppress_beta_warning() -> None:
+    """torch warns once per process that CSR is in beta: trigger the warning here, unseen."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.zeros(1, 1).to_sparse_csr()

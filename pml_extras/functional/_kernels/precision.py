@@ -1,0 +1,86 @@
+"""Half-precision inputs and autocast, handled once for all functions."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def disable_autocast(function: Callable[P, T]) -> Callable[P, T]:
+    """Run ``function`` without the autocast of the device of its tensor arguments."""
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+        for x in (*args, *kwargs.values()):
+            if isinstance(x, Tensor) and _autocast_may_be_on(x.device.type):
+                with torch.autocast(x.device.type, enabled=False):
+                    return function(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def _autocast_may_be_on(device: str) -> bool:
+    # Entering the context costs as much as a small operation, so skip it where autocast is off.
+    # The compiler traces backward under another autocast state than it runs under.
+    return torch.compiler.is_compiling() or (
+        torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    )
+
+
+def full_precision(function: Callable[P, T]) -> Callable[P, T]:
+    """Run ``function`` without autocast, with all floating tensors in their widest dtype.
+
+    The dtype is at least float32: counts and thresholds are wrong in bfloat16, and exponentials
+    overflow in float16.
+    """
+
+    @functools.wraps(function)
+    @disable_autocast
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        dtypes = {x.dtype for x in tensors if x.is_floating_point()}
+        dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
+
+        def widen(x: Any) -> Any:
+            return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+        return function(*map(widen, args), **{name: widen(x) for name, x in kwargs.items()})
+
+    return wrapper
+
+
+def pairwise_dot(x: Tensor, y: Tensor) -> Tensor:
+    """Dot product of each row of ``x``, (N, D), with each row of ``y``, (R, D): (N, R).
+
+    Unlike ``x @ y.T``, its backward ignores autocast.
+    """
+    if y is x:
+        y = x.view_as(x)  # torch.compile does not support one tensor as two inputs
+    return _PairwiseDot.apply(x, y)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _PairwiseDot(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, y: Tensor) -> Tensor:
+        return x @ y.mT
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @disable_autocast
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, y = ctx.saved_tensors
+        grad_x = grad_output @ y if ctx.needs_input_grad[0] else None
+        return grad_x, grad_output.mT @ x if ctx.needs_input_grad[1] else None

@@ -1,0 +1,264 @@
+"""The contextual similarity and the contextual term of a batch in sparse matrices.
+
+Neighborhoods have a few members, so the neighborhoods M, the weights W, the reciprocal neighbors R
+and their products have a few entries per row. No dense (N, N) matrix is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._neighborhoods import STEP_SLOPE, knn_radii, neighborhood_overlap, self_nearest
+from .chunks import IndexBuffer, row_chunks
+from .csr import SparseMatrix, repeat_arange, same_class_matrix
+from .precision import disable_autocast
+
+CHUNK_NUMEL = 1 << 21  # distances computed at a time
+# Sparse products are faster on CPU cores if a batch is this many times larger than a neighborhood.
+MIN_SPARSITY = 60
+# On a GPU, smaller batches are faster dense: sparse products make the host wait.
+MIN_SAMPLES_ON_GPU = 8192
+
+DistanceRows = Callable[[slice], Tensor]
+"""Returns the distances, (B, N), of a slice of B samples to all N."""
+
+
+def sparse_contextual_term(normalized: Tensor, labels: Tensor, k: int, slack: float) -> Tensor:
+    """The contextual term, (N,), of normalized embeddings (N, D) with labels (N,)."""
+    losses: Tensor = _SparseContextualTerm.apply(normalized, labels, k, slack)  # type: ignore[no-untyped-call]
+    return losses
+
+
+@torch.no_grad()
+def prefers_sparse(
+    distance_rows: DistanceRows,
+    num_neighbors: int,
+    slack: float,
+    samples: Tensor,
+    labels: Tensor | None = None,
+) -> bool:
+    """Whether sparse matrices are faster: neighborhoods, and classes if given, are small.
+
+    Args:
+        distance_rows: the distances between the samples.
+        samples: (N, ...), for their number and device.
+        labels: (N,).
+    """
+    n, device = len(samples), samples.device
+    min_samples = max(
+        num_neighbors * MIN_SPARSITY, MIN_SAMPLES_ON_GPU if device.type == "cuda" else 0
+    )
+    if n < min_samples or torch.compiler.is_compiling():  # compiled code cannot branch on values
+        return False
+    if device.type != "cuda" and not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
+        return False
+    rows = slice(0, n, n // 16)
+    distances = self_nearest(distance_rows(rows), torch.arange(n, device=device)[rows])
+    radius, _ = knn_radii(distances, num_neighbors, slack)
+    sizes = [(distances <= radius).sum(1).double().mean()]
+    if labels is not None:
+        class_sizes = torch.unique(labels, return_counts=True)[1].double()
+        sizes.append(class_sizes.square().sum() / n)  # the mean over the samples
+    return float(max(sizes)) * MIN_SPARSITY < n
+
+
+def squared_distance_rows(normalized: Tensor) -> DistanceRows:
+    return lambda rows: (2 - 2 * (normalized[rows] @ normalized.T)).clamp_min_(0)
+
+
+class SparseContextualSimilarity:
+    """The contextual similarity S of n samples without slack, never made as a dense matrix.
+
+    S is the symmetric part of J = (R / r) W, and only the sparse factors are kept.
+    """
+
+    def __init__(self, distance_rows: DistanceRows, num_neighbors: int, samples: Tensor) -> None:
+        knn_mask, in_half = _neighborhoods(distance_rows, num_neighbors, 0.0, samples)
+        num_shared = _count_shared(knn_mask)
+        _, reciprocal, weights = _factors(knn_mask, in_half, knn_mask.row_sums(), num_shared)
+        self._mean_weights, self._weights = _row_normalized(reciprocal), weights  # R / r, W
+        self._mean_weights_t, self._weights_t = self._mean_weights.transpose(), weights.transpose()
+        self._similarity: SparseMatrix | None = None
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """(B, n) dense rows."""
+        if self._similarity is None:
+            self._similarity = _symmetric_part(self._mean_weights @ self._weights)
+        i, j, values = self._similarity.entries(rows)
+        dense = values.new_zeros(rows.stop - rows.start, self._similarity.n)
+        dense[i, j] = values
+        return dense
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """S x, (n, C), by products with the factors of J and of J^T."""
+        context = self._mean_weights.matmul_dense(self._weights.matmul_dense(x))
+        context_t = self._weights_t.matmul_dense(self._mean_weights_t.matmul_dense(x))
+        return (context + context_t) / 2
+
+    def diagonal(self) -> Tensor:
+        """(n,): the row sums of (R / r) * W^T."""
+        i, j = self._mean_weights.rows, self._mean_weights.cols
+        return self._mean_weights.with_values(
+            self._mean_weights.values * self._weights.at(j, i)
+        ).row_sums()
+
+
+def _neighborhoods(
+    distance_rows: DistanceRows, num_neighbors: int, slack: float, samples: Tensor
+) -> tuple[SparseMatrix, Tensor]:
+    """M, and a mask of its entries that lie in the neighborhoods of k // 2 as well."""
+    n, device = len(samples), samples.device
+    found = IndexBuffer(2 * min(num_neighbors, n) * n, device)
+    self_index = torch.arange(n, device=device)
+    for rows in row_chunks(n, n, CHUNK_NUMEL):
+        distances = self_nearest(distance_rows(rows), self_index[rows])
+        radius, half_radius = knn_radii(distances, num_neighbors, slack)
+        i, j = (distances <= radius).nonzero(as_tuple=True)
+        in_half = distances[i, j] <= half_radius[i, 0]
+        found.append(((i + rows.start) * n + j) * 2 + in_half)
+    keys, in_half = found.result() // 2, found.result() % 2 == 1
+    ones = torch.ones(len(keys), dtype=distances.dtype, device=device)
+    return SparseMatrix(keys // n, keys % n, ones, n), in_half
+
+
+def _count_shared(knn_mask: SparseMatrix) -> Tensor:
+    """The entries of M M^T at the entries of M, without the rest of the product."""
+    n, rows, cols = knn_mask.n, knn_mask.rows, knn_mask.cols
+    sizes = torch.bincount(rows, minlength=n)
+    first = sizes.cumsum(0) - sizes
+    counts = torch.empty_like(knn_mask.values)
+    start = 0
+    for chunk in row_chunks(n, n, CHUNK_NUMEL):
+        i, j, _ = knn_mask.entries(chunk)
+        is_neighbor = torch.zeros(chunk.stop - chunk.start, n, dtype=torch.bool, device=rows.device)
+        is_neighbor[i, j] = True
+        # Among duplicates, neighborhoods can be as large as the batch.
+        largest = max(sizes[j].tolist(), default=1)
+        for part in row_chunks(len(i), largest, CHUNK_NUMEL):
+            pair, position = repeat_arange(first[j[part]], sizes[j[part]])
+            shared = is_neighbor.view(-1)[i[part][pair] * n + cols[position]].to(counts)
+            total = counts.new_zeros(part.stop - part.start).index_add_(0, pair, shared)
+            counts[start + part.start : start + part.stop] = total
+        start += len(i)
+    return counts
+
+
+def _factors(
+    knn_mask: SparseMatrix, in_half: Tensor, size: Tensor, num_shared: Tensor
+) -> tuple[SparseMatrix, SparseMatrix, SparseMatrix]:
+    """M2, R and W, from M, its row sums and the entries of M M^T at those of M."""
+    rows, cols = knn_mask.rows, knn_mask.cols
+    i, j = rows[in_half], cols[in_half]
+    half_knn_mask = SparseMatrix(i, j, knn_mask.values[in_half], knn_mask.n)
+    mutual = half_knn_mask.at(j, i) > 0
+    reciprocal = SparseMatrix(i[mutual], j[mutual], half_knn_mask.values[mutual], knn_mask.n)
+    overlap = neighborhood_overlap(num_shared, size[rows], size[cols], knn_mask.n)
+    return half_knn_mask, reciprocal, knn_mask.with_values(overlap)
+
+
+def _row_normalized(reciprocal: SparseMatrix) -> SparseMatrix:
+    """R / r"""
+    return reciprocal.with_values(1 / reciprocal.row_sums()[reciprocal.rows])
+
+
+def _symmetric_part(context: SparseMatrix) -> SparseMatrix:
+    """S = (J + J^T) / 2"""
+    total = context.plus(context.transpose())
+    return total.with_values(total.values / 2)
+
+
+class _Matrices(NamedTuple):
+    """What backward needs: see :func:`pml_extras.functional.contextual_similarity`."""
+
+    knn_mask: SparseMatrix  # M
+    half_knn_mask: SparseMatrix  # M2
+    shared: SparseMatrix  # G = M M^T
+    reciprocal: SparseMatrix  # R
+    weights: SparseMatrix  # W
+    similarity: SparseMatrix  # S
+
+
+class _SparseContextualTerm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, labels: Tensor, k: int, slack: float) -> Tensor:
+        n = len(x)
+        knn_mask, in_half = _neighborhoods(squared_distance_rows(x), k, slack, x)
+        shared = knn_mask @ knn_mask.transpose()
+        num_shared = shared.at(knn_mask.rows, knn_mask.cols)
+        half_knn_mask, reciprocal, weights = _factors(
+            knn_mask, in_half, knn_mask.row_sums(), num_shared
+        )
+        similarity = _symmetric_part(_row_normalized(reciprocal) @ weights)
+
+        # sum_j (S - Y)^2 = sum_j Y^2 + sum over the entries of S of ((S - Y)^2 - Y^2)
+        _, class_index, class_sizes = torch.unique(labels, return_inverse=True, return_counts=True)
+        i, j = similarity.rows, similarity.cols
+        same_class = (labels[i] == labels[j]).to(x.dtype)
+        errors = ((similarity.values - same_class).square() - same_class).masked_fill(i == j, 0)
+        losses = similarity.with_values(errors).row_sums() + (class_sizes[class_index] - 1)
+
+        matrices = _Matrices(knn_mask, half_knn_mask, shared, reciprocal, weights, similarity)
+        tensors = [t for m in matrices for t in (m.rows, m.cols, m.values)]
+        ctx.save_for_backward(x, class_index, *tensors)
+        mean_losses: Tensor = losses / n
+        return mean_losses
+
+    @staticmethod
+    @disable_autocast
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the sparse contextual term cannot be differentiated twice:"
+                ' use implementation="reference"'
+            )
+        x, class_index, *tensors = ctx.saved_tensors
+        n = len(x)
+        knn_mask, half_knn_mask, shared, reciprocal, weights, similarity = (
+            SparseMatrix(tensors[i], tensors[i + 1], tensors[i + 2], n)
+            for i in range(0, len(tensors), 3)
+        )
+        size, num_reciprocal = knn_mask.row_sums(), reciprocal.row_sums()  # c, r: (N,)
+
+        # d(R W) = (g_i + g_j) (S - Y) / (N r_i) off the diagonal, where g is grad_output
+        errors = similarity.plus(same_class_matrix(class_index, x.new_tensor(-1.0)))
+        i, j = errors.rows, errors.cols
+        pair_grads = (grad_output[i] + grad_output[j]) / (n * num_reciprocal[i])
+        grad_product = errors.with_values((errors.values * pair_grads).masked_fill(i == j, 0))
+
+        # dW = R^T d(R W), and R is symmetric
+        grad_weights = reciprocal @ grad_product
+        # dR = d(R W) W^T - rowsum(R * d(R W) W^T) / r
+        grad_reciprocal = grad_product @ weights.transpose()
+        i, j = reciprocal.rows, reciprocal.cols
+        row_means = reciprocal.with_values(grad_reciprocal.at(i, j)).row_sums() / num_reciprocal
+        # dM2 = M2^T * (dR + dR^T), computed as its transpose
+        i, j = half_knn_mask.rows, half_knn_mask.cols
+        grad_half_knn = half_knn_mask.with_values(
+            grad_reciprocal.at(i, j) - row_means[i] + grad_reciprocal.at(j, i) - row_means[j]
+        )
+
+        # dH = dW * M; H = (G / c_i + (N - c_i - c_j + G) / (N - c_i)) / 2
+        i, j = knn_mask.rows, knn_mask.cols
+        grad_overlap = grad_weights.at(i, j) / 2
+        grad_size_terms = knn_mask.with_values(grad_overlap / (n - size).clamp_min(1)[i])
+        grad_size = -(grad_size_terms.row_sums() + grad_size_terms.transpose().row_sums())
+        grad_shared = knn_mask.with_values(grad_overlap / size[i] + grad_size_terms.values)  # dG
+        # dM = dW * H + (dG + dG^T) M + dc_i; the last part follows below
+        i, j = grad_weights.rows, grad_weights.cols
+        overlap = neighborhood_overlap(shared.at(i, j), size[i], size[j], n)
+        grad_knn = grad_weights.with_values(grad_weights.values * overlap)
+        grad_knn = grad_knn.plus(grad_shared.plus(grad_shared.transpose()) @ knn_mask)
+
+        # The straight-through estimator gives -10 (dM + dM2) for D = 2 - 2 s, so 20 for s = x x^T
+        grad_similarity = grad_knn.plus(grad_half_knn.transpose())
+        i, j = grad_similarity.rows, grad_similarity.cols
+        grad_similarity = grad_similarity.with_values(grad_similarity.values.masked_fill(i == j, 0))
+        grad_x = grad_similarity.plus(grad_similarity.transpose()).matmul_dense(x)
+        # dc_i is the same in all of row i off the diagonal: its product with x needs no matrix
+        grad_x += grad_size[:, None] * (x.sum(0) - x)
+        grad_x += grad_size @ x - grad_size[:, None] * x
+        return 2 * STEP_SLOPE * grad_x, None, None, None

@@ -1,0 +1,187 @@
+"""Mining of pairs that are hard by contextual similarity and probably labeled right."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._contextual import contextual_similarity, contextual_similarity_matrix
+from ._cosine import pairwise_cosine
+from ._kernels.chunks import IndexBuffer, row_chunks
+from ._kernels.precision import full_precision
+from ._label_noise import WeightedLabelVote, weighted_label_vote
+from ._self_matches import row_hashes
+
+CHUNK_NUMEL = 1 << 21  # pairs examined at a time
+SURE_POSITIVE = 0.25  # a positive pair with more contextual similarity is kept whatever the vote
+
+
+@full_precision
+def contextual_pairs(
+    embeddings: Tensor,
+    labels: Tensor,
+    ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    *,
+    num_neighbors: int = 4,
+    margin: float = 0.1,
+    filter_noise: bool = True,
+    distance: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    r"""Positive and negative pairs that are hard by context and probably labeled right.
+
+    S is the contextual similarity without slack, so only the order of the distances counts. v is
+    the fraction of the neighbors' vote for a sample's own class (:func:`weighted_label_vote`). A
+    sample is probably clean if no other class gets more votes.
+
+    - A positive pair is kept if both samples are probably clean, or if :math:`S_{ij} > 0.25`.
+    - A negative pair is kept unless :math:`S_{ij} > \min(v_i, v_j)`.
+    - An anchor that would have no pair keeps all its pairs.
+    - A kept positive is hard if S is below that of the anchor's most similar negative plus the
+      margin. A kept negative is hard if S is above that of its least similar positive minus the
+      margin.
+    - Where S is 0 the distance decides: a positive must be farther than the anchor's nearest
+      negative, a negative nearer than its farthest positive. Both samples must be probably clean,
+      because distances to a mislabeled sample mislead too.
+
+    Anchors are processed in chunks. Within a large batch no N x N matrix is made, unless
+    neighborhoods are a large part of it (for example of equal embeddings). With references, an
+    R x R matrix is made.
+
+    Args:
+        embeddings: (N, D), the anchors.
+        labels: (N,).
+        ref_emb: (R, D), the samples that the anchors are paired with and all neighbors. Default:
+            the anchors themselves. A reference that equals an anchor bit by bit is that anchor: it
+            forms no pair with it and has no vote on it.
+        ref_labels: (R,), required with ``ref_emb``.
+        num_neighbors: k >= 1 of the contextual similarity, including the sample itself.
+        margin: in units of S. Larger keeps easier pairs.
+        filter_noise: whether to drop pairs that are probably mislabeled.
+        distance: from (B, D) and (R, D) embeddings to (B, R) distances, smaller is nearer. Default:
+            the negative cosine similarity.
+
+    Returns:
+        Four int64 tensors like those of PML's pair miners: anchors and positives, anchors and
+        negatives.
+
+    Source: ours, based on the contextual similarity of arXiv 2210.01908.
+
+    Example:
+        >>> import torch
+        >>> x, labels = torch.tensor([[0.0], [1.0], [3.5], [5.0]]), torch.tensor([0, 0, 1, 1])
+        >>> rules = {"num_neighbors": 2, "filter_noise": False, "margin": 1.1}
+        >>> contextual_pairs(x, labels, distance=torch.cdist, **rules)[:2]
+        (tensor([0, 1, 2, 3]), tensor([1, 0, 3, 2]))
+    """
+    if (ref_emb is None) != (ref_labels is None):
+        raise ValueError("ref_labels are required with ref_emb")
+    if len(embeddings) == 0 or (ref_emb is not None and len(ref_emb) == 0):
+        empty = labels.new_empty(4, 0, dtype=torch.long)
+        return empty[0], empty[1], empty[2], empty[3]
+    # A sample that is not finite is nobody's neighbor. Not infinity, because inf - inf is NaN.
+    not_finite = torch.finfo(embeddings.dtype).max
+
+    def distances(x: Tensor, y: Tensor) -> Tensor:
+        found = -pairwise_cosine(x, y) if distance is None else distance(x, y)
+        return found.to(embeddings.dtype).masked_fill(~found.isfinite(), not_finite)
+
+    ref_context = None
+    if ref_emb is None or ref_labels is None:
+        ref_emb, ref_labels = embeddings, labels
+        identity = ref_identity = torch.arange(len(embeddings), device=embeddings.device)
+        context = contextual_similarity_matrix(
+            lambda rows: distances(embeddings[rows], embeddings),
+            embeddings,
+            num_neighbors=num_neighbors,
+        )
+    else:
+        identity, ref_identity = row_hashes(embeddings), row_hashes(ref_emb)
+        ref_distances = distances(ref_emb, ref_emb)
+        similarity = functools.partial(
+            contextual_similarity, num_neighbors=num_neighbors, slack=0.0
+        )
+        ref_context = similarity(ref_distances).fill_diagonal_(0)
+        context = similarity(distances(embeddings, ref_emb), ref_distances)
+
+    def pairs_for(rows: slice) -> Pairs:
+        chunk = distances(embeddings[rows], ref_emb)
+        valid = (identity[rows, None] != ref_identity) & (chunk < not_finite)
+        return Pairs(chunk, context[rows], labels[rows, None] == ref_labels, valid)
+
+    num_refs = len(ref_emb)
+    chunks = row_chunks(len(embeddings), num_refs, CHUNK_NUMEL)
+    vote = ref_vote = None
+    if filter_noise:
+        votes = []
+        for rows in chunks:
+            pairs = pairs_for(rows)
+            weights = pairs.context.masked_fill(~pairs.valid, 0)
+            votes.append(weighted_label_vote(weights, labels[rows], ref_labels))
+        vote = ref_vote = WeightedLabelVote(*(torch.cat(part) for part in zip(*votes, strict=True)))
+        if ref_context is not None:
+            ref_vote = weighted_label_vote(ref_context, ref_labels, ref_labels)
+
+    positives, negatives = (IndexBuffer(4 * len(embeddings), embeddings.device) for _ in range(2))
+    for rows in chunks:
+        chunk_vote = vote and WeightedLabelVote(*(part[rows] for part in vote))
+        hard = _hard_pairs(pairs_for(rows), chunk_vote, ref_vote, margin)
+        for buffer, mask in zip((positives, negatives), hard, strict=True):
+            buffer.append(mask.view(-1).nonzero().squeeze(1) + rows.start * num_refs)
+    p, n = positives.result(), negatives.result()
+    return p // num_refs, p % num_refs, n // num_refs, n % num_refs
+
+
+class Pairs(NamedTuple):
+    """Pairs of B anchors with R references, (B, R) each."""
+
+    distances: Tensor
+    context: Tensor
+    same_class: Tensor
+    valid: Tensor
+    """Bool: both samples are finite and they are not the same sample."""
+
+
+def _hard_pairs(
+    pairs: Pairs,
+    vote: WeightedLabelVote | None,
+    ref_vote: WeightedLabelVote | None,
+    margin: float,
+) -> tuple[Tensor, Tensor]:
+    """(B, R) bool, twice: the positive and the negative pairs to keep. Without votes, all count."""
+    distances, context, same_class, valid = pairs
+    both_clean = kept = valid
+    if vote is not None and ref_vote is not None:
+        both_clean = vote.is_plurality[:, None] & ref_vote.is_plurality
+        probably_clean = valid & torch.where(
+            same_class,
+            both_clean | (context > SURE_POSITIVE),
+            context <= torch.minimum(vote.vote_fraction[:, None], ref_vote.vote_fraction),
+        )
+        anchor_has_no_pair = ~probably_clean.any(1, keepdim=True)
+        kept = probably_clean | (valid & anchor_has_no_pair)
+        both_clean = both_clean | anchor_has_no_pair
+    positives, negatives = kept & same_class, kept & ~same_class
+
+    inf = float("inf")
+    most_similar_negative = context.masked_fill(~negatives, -inf).amax(1, keepdim=True)
+    least_similar_positive = context.masked_fill(~positives, inf).amin(1, keepdim=True)
+    nearest_negative = distances.masked_fill(~negatives, inf).amin(1, keepdim=True)
+    farthest_positive = distances.masked_fill(~positives, -inf).amax(1, keepdim=True)
+    has_context = context > 0
+    distance_decides = ~has_context & both_clean
+    hard_positives = (
+        positives
+        & (context < most_similar_negative + margin)
+        & (has_context | (distance_decides & (distances > nearest_negative)))
+    )
+    hard_negatives = (
+        negatives
+        & (context > least_similar_positive - margin)
+        & (has_context | (distance_decides & (distances < farthest_positive)))
+    )
+    return hard_positives, hard_negatives

@@ -1,0 +1,43 @@
+"""Which references are the same sample as an embedding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._kernels.precision import full_precision
+
+
+@full_precision
+def self_match_mask(embeddings: Tensor, ref_emb: Tensor) -> Tensor:
+    """Which references equal which embeddings bit by bit, as the newest rows of a memory bank do.
+
+    Args:
+        embeddings: (N, D), any floating dtype.
+        ref_emb: (R, D), any floating dtype.
+
+    Returns:
+        (N, R) bool. Rows are compared by 64-bit hashes: different rows match with a probability of
+        about N R / 2^64.
+
+    Example:
+        >>> import torch
+        >>> self_match_mask(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 2.0], [2.0, 1.0]]))
+        tensor([[ True, False]])
+    """
+    # Comparing the rows themselves takes an (N, R, D) tensor; sorting them makes a GPU's host wait.
+    return row_hashes(embeddings)[:, None] == row_hashes(ref_emb)
+
+
+@full_precision
+def row_hashes(x: Tensor) -> Tensor:
+    """(N,) int64: a hash of the bits of each row of (N, D) floats."""
+    bits = x.detach().contiguous()
+    bits = bits.view(torch.int64 if x.dtype == torch.float64 else torch.int32)
+    # splitmix64 of each value and its column, summed. Without mixing, two changes of sign, which is
+    # the highest bit, would cancel.
+    column = torch.arange(x.shape[1], device=x.device)
+    mixed = bits.long() + (column + 1) * -7046029254386353131
+    for odd in (-4658895280553007687, -7723592293110705685):
+        mixed = (mixed ^ (mixed >> 31)) * odd
+    return (mixed ^ (mixed >> 31)).sum(1)

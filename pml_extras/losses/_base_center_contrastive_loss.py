@@ -1,0 +1,128 @@
+"""What CenterContrastiveLoss and its sharded sibling share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from pytorch_metric_learning.distances import CosineSimilarity
+from pytorch_metric_learning.losses import BaseMetricLossFunction, WeightRegularizerMixin
+from pytorch_metric_learning.utils import common_functions as c_f
+from torch import Tensor
+
+from .._component import (
+    HyperparametersMixin,
+    check_count,
+    check_embeddings,
+    check_non_negative,
+    require,
+)
+
+
+class BaseCenterContrastiveLoss(
+    HyperparametersMixin, WeightRegularizerMixin, BaseMetricLossFunction, ABC
+):
+    """Hyperparameters and the steps of a forward pass. A subclass makes and moves the centers."""
+
+    centers: Tensor
+    class_counts: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        *,
+        scale: float = 16.0,
+        margin: float = 0.2,
+        center_weight: float = 1.5,
+        center_update: str = "gradient",
+        momentum: float = 0.9,
+        label_smoothing: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        check_count("num_classes", num_classes)
+        check_count("embedding_size", embedding_size)
+        require(scale > 0, "scale", "be positive and finite", scale)
+        check_non_negative(scale=scale, margin=margin, center_weight=center_weight)
+        require(0 <= momentum <= 1, "momentum", "lie in [0, 1]", momentum)
+        require(0 <= label_smoothing < 1, "label_smoothing", "lie in [0, 1)", label_smoothing)
+        modes = ("gradient", "ema")
+        require(center_update in modes, "center_update", 'be "gradient" or "ema"', center_update)
+        super().__init__(**kwargs)
+        c_f.assert_distance_type(self, CosineSimilarity, p=2, power=1)
+        if center_update == "ema" and self.weight_regularizer is not None:
+            raise ValueError('weight_regularizer needs center_update="gradient"')
+        self.num_classes = num_classes
+        self.embedding_size = embedding_size
+        self.scale = scale
+        self.margin = margin
+        self.center_weight = center_weight
+        self.center_update = center_update
+        self.momentum = momentum
+        self.label_smoothing = label_smoothing
+        self.add_to_recordable_attributes(list_of_names=list(self.hyperparameters()))
+        stats = ["avg_center_similarity", "center_accuracy"]
+        self.add_to_recordable_attributes(list_of_names=stats, is_stat=True)
+        self._make_centers()
+
+    @property
+    def uses_ema(self) -> bool:
+        return self.center_update == "ema"
+
+    @abstractmethod
+    def _make_centers(self) -> None:
+        """Set ``centers`` and, with EMA centers, ``class_counts``."""
+
+    @abstractmethod
+    def update_centers(self, embeddings: Tensor, labels: Tensor) -> None:
+        """Update the EMA centers of the classes of a batch, (N, D) and (N,)."""
+
+    @abstractmethod
+    def _sample_losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """(N,), before sample weights."""
+
+    @abstractmethod
+    def _sample_weights(self, indices_tuple: Any, labels: Tensor, dtype: torch.dtype) -> Tensor:
+        """(N,) in [0, 1]: how often a miner's tuple has each sample."""
+
+    @abstractmethod
+    def _set_stats(self, embeddings: Tensor, labels: Tensor) -> None:
+        """Set the statistics for the log."""
+
+    def compute_loss(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        indices_tuple: tuple[Tensor, ...] | None,
+        ref_emb: Tensor,
+        ref_labels: Tensor,
+    ) -> dict[str, dict[str, Any]]:
+        c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
+        check_embeddings(embeddings, self.embedding_size)
+        labels = labels.long()
+        updates_centers = self.training and self.uses_ema
+        if len(embeddings) == 0:
+            if updates_centers:  # other processes wait for this one
+                self.update_centers(embeddings, labels)
+            return self.zero_losses()
+        # Before any state changes, because a wrong tuple raises here.
+        dtype = torch.promote_types(embeddings.dtype, self.centers.dtype)
+        weights = self._sample_weights(indices_tuple, labels, dtype)
+        if updates_centers:
+            self.update_centers(embeddings, labels)
+        losses = self._sample_losses(embeddings, labels) * weights
+        if self.collect_stats:
+            self._set_stats(embeddings, labels)
+        loss_dict = {
+            "loss": {
+                "losses": losses,
+                "indices": c_f.torch_arange_from_size(embeddings),
+                "reduction_type": "element",
+            }
+        }
+        self.add_weight_regularization_to_loss_dict(loss_dict, self.centers)
+        return loss_dict
+
+    def get_default_distance(self) -> CosineSimilarity:
+        return CosineSimilarity()
