@@ -48,7 +48,7 @@ from pml_extras.label_noise import LabelNoiseDetector
 
 
 def run(args: Namespace) -> None:
-    # Check everything that can be checked before writing anything.
+    # Check all arguments and data before writing anything.
     device = cli.pick_device(args.device)
     cli.check_out(args)
     data = datasets.load(args.dataset, args.data_root, args.image_size, args.download)
@@ -180,7 +180,7 @@ def train(
         if args.drop_label_issues:
             methods.drop_label_issues(trainer.sampler, detector)
 
-    if args.drop_label_issues:
+    if args.drop_label_issues:  # a resumed run already has label issues
         methods.drop_label_issues(trainer.sampler, detector)
     # The detector and the teacher are updated after each epoch, before the hook that saves them.
     hook = end_of_epoch
