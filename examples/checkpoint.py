@@ -1,4 +1,4 @@
-"""One file that holds everything a run needs to go on as if it had never stopped."""
+"""One file that holds everything a run needs to continue exactly."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ import numpy as np
 import torch
 from datasets import UserError
 from pytorch_metric_learning.trainers import BaseTrainer
+from torch import Tensor, nn
 
-STATEFUL = ("models", "optimizers", "loss_funcs", "mining_funcs")
+from pml_extras.label_noise import LabelNoiseDetector
+
+RUN_STATE = ("config", "epoch", "seconds", "best", "history")
+STATEFUL_GROUPS = ("models", "optimizers", "loss_funcs", "mining_funcs")  # of a PML trainer
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Write all or nothing: a stop half-way leaves the previous file as it was."""
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Write a file atomically: if this is interrupted, the previous file stays."""
     partial = path.with_name(path.name + ".part")
     with open(partial, "wb") as file:
-        torch.save(state, file)
+        torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
@@ -28,27 +32,57 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 def load(path: Path) -> dict[str, Any]:
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
-    return state
+    return content
 
 
-def trainer_state(trainer: BaseTrainer) -> dict[str, Any]:
-    state: dict[str, Any] = {
-        group: {name: part.state_dict() for name, part in getattr(trainer, group).items()}
-        for group in STATEFUL
-    }
-    # MPerClassSampler shuffles its list of classes in place: tomorrow's order follows from today's.
-    return {**state, "sampler": list(trainer.sampler.labels), "random": _random_state()}
+def new_run(config: dict[str, Any], accuracy: dict[str, float]) -> dict[str, Any]:
+    """The state of a run before training, with the validation accuracy at that point."""
+    history = [{"epoch": 0, **accuracy}]
+    return {"config": config, "epoch": 0, "seconds": 0.0, "best": None, "history": history}
 
 
-def restore_trainer(trainer: BaseTrainer, state: dict[str, Any]) -> None:
-    for group in STATEFUL:
+def save_run(
+    path: Path, state: dict[str, Any], trainer: BaseTrainer, detector: LabelNoiseDetector | None
+) -> None:
+    content = {key: state[key] for key in RUN_STATE}
+    for group in STATEFUL_GROUPS:
+        parts = getattr(trainer, group)
+        content[group] = {name: part.state_dict() for name, part in parts.items()}
+    # MPerClassSampler shuffles its list of classes in place, so the next order depends on this one.
+    content["sampler"] = list(trainer.sampler.labels)
+    content["detector"] = detector.state_dict() if detector else None
+    content["random"] = _random_state()
+    save(path, content)
+
+
+def restore_run(
+    saved: dict[str, Any], trainer: BaseTrainer, detector: LabelNoiseDetector | None
+) -> dict[str, Any]:
+    """Restore the trainer, the detector and the random generators, and return the run's state."""
+    for group in STATEFUL_GROUPS:
         for name, part in getattr(trainer, group).items():
-            part.load_state_dict(state[group][name])
-    trainer.sampler.labels = list(state["sampler"])
-    _set_random_state(state["random"])
+            part.load_state_dict(saved[group][name])
+    trainer.sampler.labels = list(saved["sampler"])
+    if detector:
+        detector.load_state_dict(saved["detector"])
+    _set_random_state(saved["random"])
+    return {key: saved[key] for key in RUN_STATE}
+
+
+def copy_weights(models: dict[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
+    return {
+        name: {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
+        for name, model in models.items()
+    }
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)  # PML's samplers use NumPy
+    torch.manual_seed(seed)
 
 
 def _random_state() -> dict[str, Any]:

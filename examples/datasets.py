@@ -1,5 +1,5 @@
-"""Where the images come from: one function per dataset, each returning the images of the classes
-to train on and the images of the classes that training never sees."""
+"""One function per dataset. Each returns the images of the training classes and the images of the
+test classes, which do not overlap."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".ti
 
 
 class UserError(Exception):
-    """Something the user can put right; shown as one line."""
+    """An error that the user can correct; printed in one line."""
 
 
 @dataclass(frozen=True)
 class Images(Dataset[tuple[Tensor, int]]):
-    """Labelled images, in memory or in files. `labels` index `names`."""
+    """Labeled images, in memory or in files. `labels` are indices into `names`."""
 
-    source: Tensor | Sequence[Path]  # uint8 (N, channels, height, width), or one file per image
+    source: Tensor | Sequence[Path]  # uint8 (N, channels, height, width), or a file per image
     labels: list[int]
     names: list[str]
-    size: int  # pixels a side
-    flip: bool = False  # mirror half of the images, at random
+    size: int  # height and width in pixels
+    flip: bool = False  # mirror each image with probability 0.5
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -79,40 +79,40 @@ class Images(Dataset[tuple[Tensor, int]]):
 @dataclass(frozen=True)
 class Data:
     train: Images
-    test: Images  # classes that are not in `train`
-    mirrored: bool  # whether a mirrored image still shows its class
+    test: Images  # of classes that are not in `train`
+    mirrored: bool  # whether mirroring an image keeps its class
 
 
 def digits() -> Data:
-    """scikit-learn's scanned digits, 8 x 8: 0-4 to train, 5-9 unseen. Needs no files.
+    """scikit-learn's scanned digits, 8 x 8: 0-4 to train, 5-9 to test. Needs no files.
 
-    Five classes teach little about a sixth: whatever tells 0-4 apart is learnt in one epoch, at the
-    expense of the rest. So each of them, turned and mirrored, makes eight classes, as is the custom
-    with Omniglot. The unseen digits stay as they are.
+    Five classes are too few to learn features that generalize to other digits. So the rotations by
+    multiples of 90 degrees and their mirror images are classes of their own, as is usual with
+    Omniglot: eight classes per digit. The test digits are not transformed.
     """
     bunch = load_digits()
     pixels = torch.from_numpy((bunch.images * 255 / 16).round().astype(np.uint8))[:, None]
     names = [str(i) for i in range(10)]
     data = _split(pixels, bunch.target, names, bunch.target >= 5, mirrored=False)
-    upright = data.train
-    assert isinstance(upright.source, Tensor)
-    turned = [upright.source.rot90(turns, (2, 3)) for turns in range(4)]
-    every = turned + [images.flip(3) for images in turned]
-    ways = [f"{90 * i}°{mirrored}" for mirrored in ("", ", mirrored") for i in range(4)]
+    original = data.train
+    assert isinstance(original.source, Tensor)
+    rotated = [original.source.rot90(turns, (2, 3)) for turns in range(4)]
+    transformed = rotated + [images.flip(3) for images in rotated]
+    views = [f"{90 * i}°{mirrored}" for mirrored in ("", ", mirrored") for i in range(4)]
     train = Images(
-        source=torch.cat(every),
-        labels=[label + 5 * way for way in range(8) for label in upright.labels],
-        names=[f"{name} at {way}" for way in ways for name in upright.names],
-        size=upright.size,
+        source=torch.cat(transformed),
+        labels=[label + 5 * view for view in range(8) for label in original.labels],
+        names=[f"{name} at {view}" for view in views for name in original.names],
+        size=original.size,
     )
     return Data(train, data.test, mirrored=False)
 
 
 def omniglot(root: Path, download: bool = False) -> Data:
-    """Handwritten characters, 28 x 28, by the authors' split: 964 to train, 659 unseen.
+    """Handwritten characters, 28 x 28, with the authors' split: 964 to train, 659 to test.
 
-    `root` holds omniglot28.npz, or the authors' images_background and images_evaluation, each as
-    the zip file or unpacked (alphabet/character/*.png).
+    `root` contains omniglot28.npz, or the authors' images_background and images_evaluation, each as
+    a zip file or unpacked (alphabet/character/*.png).
     """
     packed = root / "omniglot28.npz"
     if packed.is_file():
@@ -125,31 +125,31 @@ def omniglot(root: Path, download: bool = False) -> Data:
     for part, _ in parts:
         if not (root / part).is_dir() and not (root / f"{part}.zip").is_file():
             _fetch(f"{OMNIGLOT_URL}/{part}.zip", root / f"{part}.zip", "omniglot", download)
-    unseen = []
-    for part, is_unseen in parts:
+    is_test = []
+    for part, is_evaluation in parts:
         classes: dict[str, int] = {}
         for name, data in tqdm(_pngs(root / part), desc=f"reading {part}", unit=" images"):
             if name not in classes:
                 classes[name] = len(names)
                 names.append(name)
-            # The authors draw black on white in 105 x 105; the box filter keeps thin strokes.
+            # The originals are black on white, 105 x 105. The box filter keeps thin strokes.
             image = Image.open(io.BytesIO(data)).convert("L").resize((28, 28), Image.Resampling.BOX)
             pixels.append(255 - np.array(image))
             labels.append(classes[name])
-            unseen.append(is_unseen)
-    if not (any(unseen) and not all(unseen)):
+            is_test.append(is_evaluation)
+    if not (any(is_test) and not all(is_test)):
         raise UserError(
-            f"omniglot: no alphabet/character/*.png under {root / parts[any(unseen)][0]}"
+            f"omniglot: no alphabet/character/*.png under {root / parts[any(is_test)][0]}"
         )
     stacked = torch.from_numpy(np.stack(pixels))[:, None]
-    return _split(stacked, np.array(labels), names, np.array(unseen), False)
+    return _split(stacked, np.array(labels), names, np.array(is_test), False)
 
 
 def cifar100(root: Path, download: bool = False) -> Data:
-    """Photographs, 32 x 32, made a retrieval problem: classes 0-49 to train, 50-99 unseen.
+    """Photographs, 32 x 32, as a retrieval problem: classes 0-49 to train, 50-99 to test.
 
-    `root` holds cifar100_subset.npz, or the authors' "python version", packed or unpacked.
-    Images of their training and test files are pooled.
+    `root` contains cifar100_subset.npz, or the authors' "python version", packed or unpacked.
+    The images of its training and test files are joined.
     """
     packed, archive = root / "cifar100_subset.npz", root / "cifar-100-python.tar.gz"
     folder = root / "cifar-100-python"
@@ -183,9 +183,9 @@ PML_LOADERS: dict[str, Callable[..., Any]] = {
 
 
 def from_pml(name: str, root: Path, image_size: int, download: bool = False) -> Data:
-    """The datasets that PML ships loaders for, with the loaders' own splits into classes.
+    """The datasets for which PML has loaders, with the loaders' split into classes.
 
-    `root`/`name` (if there is such a folder) or `root` holds what the authors' archive unpacks to.
+    `root`/`name` (if that directory exists) or `root` contains the unpacked archive of the authors.
     """
     loader = PML_LOADERS[name]
     folder = root / name
@@ -200,16 +200,16 @@ def from_pml(name: str, root: Path, image_size: int, download: bool = False) -> 
             f"{name}: {error.filename} is missing; put the dataset under {root}, or add --download"
         ) from error
     except (OSError, ValueError, KeyError, IndexError) as error:
-        raise UserError(f"{name}: cannot make sense of the files in {folder}: {error}") from error
+        raise UserError(f"{name}: cannot read the files in {folder}: {error}") from error
     train, test = (_from_files(split.paths, split.labels, image_size) for split in splits)
     return Data(train, test, mirrored=True)
 
 
 def folder(root: Path, image_size: int) -> Data:
-    """One directory of images a class.
+    """A dataset with one directory of images per class.
 
-    With `root`/train and `root`/test, those are the two sets of classes. Otherwise the first half
-    of the directories in sorted order (the larger half, if odd) is to train, the rest is unseen.
+    If `root`/train and `root`/test exist, they contain the training and test classes. Otherwise the
+    first half of the directories in sorted order (rounded up) is to train and the rest to test.
     """
     if (root / "train").is_dir() and (root / "test").is_dir():
         train, test = _directories(root / "train"), _directories(root / "test")
@@ -217,12 +217,12 @@ def folder(root: Path, image_size: int) -> Data:
         if shared:
             raise UserError(
                 f"folder: class {shared[0]} is in both train/ and test/ of {root}; "
-                "the classes to test on have to be unseen"
+                "the test classes must not be in the training set"
             )
     else:
-        every = _directories(root)
-        half = (len(every) + 1) // 2
-        train, test = every[:half], every[half:]
+        classes = _directories(root)
+        half = (len(classes) + 1) // 2
+        train, test = classes[:half], classes[half:]
 
     def read(directories: list[Path]) -> Images:
         found = [(path, d.name) for d in directories for path in _image_files(d)]
@@ -230,26 +230,29 @@ def folder(root: Path, image_size: int) -> Data:
 
     for directory in train + test:
         if not _image_files(directory):
-            raise UserError(f"folder: {directory} holds no images")
+            raise UserError(f"folder: {directory} contains no images")
     if len(train) < 2 or len(test) < 2:
         raise UserError(
-            f"folder: {len(train)} classes to train and {len(test)} unseen under {root}; "
-            "both need at least two directories of images"
+            f"folder: {len(train)} classes to train and {len(test)} to test under {root}; "
+            "each needs at least two directories of images"
         )
     return Data(read(train), read(test), mirrored=True)
 
 
+ROOT_VARIABLE = "PML_EXTRAS_DATA"
 NAMES = ["digits", "omniglot", "cifar100", *PML_LOADERS, "folder"]
 
 
 def load(name: str, root: Path | None, image_size: int, download: bool = False) -> Data:
-    """The dataset called `name`, checked: every class has two images, every file is there."""
+    """Load a dataset, and check that every file exists and every class has at least two images."""
     if name == "digits":
         return digits()
     if root is None:
-        raise UserError(f"--dataset {name} needs --data-root DIR")
+        raise UserError(
+            f"--dataset {name} needs --data-root DIR, or {ROOT_VARIABLE}=DIR in the environment"
+        )
     if not root.is_dir() and not (download and name != "folder"):
-        raise UserError(f"--data-root: there is no directory {root}")
+        raise UserError(f"there is no directory {root} (--data-root or {ROOT_VARIABLE})")
     if name == "omniglot":
         data = omniglot(root, download)
     elif name == "cifar100":
@@ -260,11 +263,11 @@ def load(name: str, root: Path | None, image_size: int, download: bool = False) 
         data = from_pml(name, root, image_size, download)
     for images in (data.train, data.test):
         counts = Counter(images.labels)
-        lonely = [name for label, name in enumerate(images.names) if counts[label] < 2]
-        if lonely:
+        too_small = [name for label, name in enumerate(images.names) if counts[label] < 2]
+        if too_small:
             raise UserError(
-                f"class {lonely[0]} has one image; every class needs at least two"
-                + (f" ({len(lonely)} classes have one)" if len(lonely) > 1 else "")
+                f"class {too_small[0]} has one image; every class needs at least two"
+                + (f" ({len(too_small)} classes have one)" if len(too_small) > 1 else "")
             )
         if not isinstance(images.source, Tensor):
             missing = next((path for path in images.source if not path.is_file()), None)
@@ -274,28 +277,28 @@ def load(name: str, root: Path | None, image_size: int, download: bool = False) 
 
 
 def hold_out(images: Images) -> tuple[Images, Images]:
-    """Every fifth image of each class for validation, the rest for training.
+    """Split into training and validation images: every fifth image of each class is held out.
 
-    At least two a class, because one alone has nothing to retrieve; a class of two or three images
-    gives none, because training needs pairs too.
+    At least two images per class are held out, because one image has nothing to retrieve. A class
+    of two or three images has none held out, because training needs pairs too.
     """
-    members: dict[int, list[int]] = {}
+    indices_by_class: dict[int, list[int]] = {}
     for index, label in enumerate(images.labels):
-        members.setdefault(label, []).append(index)
-    held: set[int] = set()
-    for indices in members.values():
+        indices_by_class.setdefault(label, []).append(index)
+    held_out: set[int] = set()
+    for indices in indices_by_class.values():
         if len(indices) >= 10:
-            held.update(indices[4::5])
+            held_out.update(indices[4::5])
         elif len(indices) >= 4:
-            held.update(indices[-2:])
-    if not held:
+            held_out.update(indices[-2:])
+    if not held_out:
         raise UserError("no training class has four images: nothing to hold out for validation")
-    kept = [i for i in range(len(images)) if i not in held]
-    return images.subset(kept), images.subset(sorted(held))
+    kept = [i for i in range(len(images)) if i not in held_out]
+    return images.subset(kept), images.subset(sorted(held_out))
 
 
 def with_label_noise(images: Images, fraction: float, seed: int) -> Images:
-    """Give this fraction of the images the label of another class, each equally likely."""
+    """Replace this fraction of the labels by another class, drawn uniformly."""
     generator = np.random.default_rng(seed)
     labels, num_classes = np.array(images.labels), len(images.names)
     wrong = generator.permutation(len(labels))[: round(fraction * len(labels))]
@@ -304,27 +307,27 @@ def with_label_noise(images: Images, fraction: float, seed: int) -> Images:
 
 
 def _split(
-    pixels: Tensor, labels: np.ndarray, names: Iterable[str], unseen: np.ndarray, mirrored: bool
+    pixels: Tensor, labels: np.ndarray, names: Iterable[str], is_test: np.ndarray, mirrored: bool
 ) -> Data:
     names = [str(name) for name in names]
 
     def part(mask: np.ndarray) -> Images:
-        present, relabelled = np.unique(labels[mask], return_inverse=True)
+        present, relabeled = np.unique(labels[mask], return_inverse=True)
         return Images(
             source=pixels[torch.from_numpy(mask)],
-            labels=relabelled.tolist(),
+            labels=relabeled.tolist(),
             names=[names[label] for label in present],
             size=pixels.shape[-1],
         )
 
-    return Data(part(~unseen), part(unseen), mirrored)
+    return Data(part(~is_test), part(is_test), mirrored)
 
 
 def _from_files(paths: Sequence[str | Path], labels: Sequence[Any], image_size: int) -> Images:
     files = [Path(path) for path in paths]
     order = {label: index for index, label in enumerate(sorted(set(labels)))}
     directory = {label: path.parent.name for label, path in zip(labels, files, strict=True)}
-    shared = Counter(directory.values())  # SOP keeps many products in one directory
+    shared = Counter(directory.values())  # SOP has many products per directory
     names = [d if shared[d] == 1 else f"{d} {label}" for label, d in sorted(directory.items())]
     return Images(files, [order[label] for label in labels], names, image_size)
 
@@ -346,7 +349,7 @@ def _npz(path: Path, *keys: str) -> dict[str, np.ndarray]:
 
 
 def _pngs(part: Path) -> Iterable[tuple[str, bytes]]:
-    """alphabet/character and the bytes of each drawing, from the folder or from the zip file."""
+    """Yield alphabet/character and the bytes of each drawing, from a directory or a zip file."""
     if part.is_dir():
         for path in sorted(part.glob("*/*/*.png")):
             yield f"{path.parent.parent.name}/{path.parent.name}", path.read_bytes()
@@ -362,16 +365,16 @@ def _pngs(part: Path) -> Iterable[tuple[str, bytes]]:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """A pickle can run any code; the CIFAR files only need to build NumPy arrays."""
+    """Unpickles only what the CIFAR files need, NumPy arrays: a pickle could run any code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
             return np.zeros(0).__reduce__()[0]
         if module == "numpy" and name in ("ndarray", "dtype"):
             return getattr(np, name)
-        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes in old protocols
+        if (module, name) == ("_codecs", "encode"):  # bytes, in old protocols
             return lambda text, encoding: text.encode(encoding)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a CIFAR file")
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a CIFAR file")
 
 
 def _cifar_pickle(folder: Path, archive: Path, name: str) -> dict[bytes, Any]:
@@ -407,7 +410,7 @@ def _fetch(url: str, target: Path, name: str, download: bool) -> None:
 
 
 def _fetch_with_pml(loader: Callable[..., Any], folder: Path, name: str) -> None:
-    # PML unpacks in place, so that an interrupted download would pass for a dataset.
+    # PML unpacks in place. An interrupted download must not look like a complete dataset.
     partial = folder.with_name(folder.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)
     timeout = socket.getdefaulttimeout()

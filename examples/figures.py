@@ -1,4 +1,4 @@
-"""The pictures that a run leaves behind. Drawn off screen, so that no display is needed."""
+"""The figures of a run. They are drawn off screen, so no display is needed."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ METRICS = {
     "r_precision": "R-precision",
     "mean_average_precision_at_r": "MAP@R",
 }
+PRIMARY_METRIC = "mean_average_precision_at_r"
 STYLE = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -45,7 +46,7 @@ STYLE = {
 
 
 def training_curves(path: Path, history: Sequence[dict[str, Any]], best_epoch: int) -> None:
-    """The loss of each epoch, and how well held-out images of seen classes are retrieved."""
+    """Training loss and validation accuracy of each epoch."""
     epochs = [row["epoch"] for row in history]
     trained = [row for row in history if row["epoch"] > 0]
     with plt.rc_context(STYLE):
@@ -62,7 +63,7 @@ def training_curves(path: Path, history: Sequence[dict[str, Any]], best_epoch: i
         ):
             right.plot(epochs, [row[key] for row in history], color=color, marker=".", label=label)
         right.axvline(best_epoch, color=MUTED, linestyle=":", label=f"best: epoch {best_epoch}")
-        right.set(title="Validation (held-out images of seen classes)", xlabel="epoch")
+        right.set(title="Validation (held-out images of training classes)", xlabel="epoch")
         right.set_ylabel("accuracy")
         right.legend(frameon=True, framealpha=0.9, edgecolor="none")
         for axes in (left, right):
@@ -74,21 +75,21 @@ def training_curves(path: Path, history: Sequence[dict[str, Any]], best_epoch: i
 def retrieval_board(
     path: Path, images: Images, before: Tensor, after: Tensor, seed: int, rows: int = 8, k: int = 5
 ) -> None:
-    """Queries, with their nearest images before and after training, right or wrong.
+    """Random queries with their nearest images before and after training, right or wrong.
 
-    The queries are drawn at random among those with a mistake before *or* after: where retrieval is
-    perfect both times there is nothing to see.
+    Queries with a wrong neighbor before or after training are preferred. The others show no
+    difference.
     """
     k = min(k, len(images) - 1)
-    queries = _telling_queries(images, before, after, seed, rows, k)
-    # One pair of axes, a tile of it an image: a hundred axes would take seconds.
+    queries = _informative_queries(images, before, after, seed, rows, k)
+    # All images are tiles of one axes object: a hundred axes would take seconds.
     blocks = [(1.4, "before", before), (1.8 + k, "after", after)]
     width = 1.8 + 2 * k
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(0.8 * width, 0.8 * (len(queries) + 1.1)))
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set_axis_off()
-        axes.text(0.05, -0.6, "Unseen classes: queries drawn among those with a mistake before or "
+        axes.text(0.05, -0.6, "Unseen classes: random queries with a wrong neighbor before or "
                   "after training", color=MUTED)  # fmt: skip
         axes.text(0.05, -0.15, "query", weight="bold", size=11)
         for x, when, _ in blocks:
@@ -107,37 +108,37 @@ def retrieval_board(
 
 
 def label_board(
-    path: Path, images: Images, trust: LabelNoiseDetector, rows: int = 8, k: int = 5
+    path: Path, images: Images, detector: LabelNoiseDetector, rows: int = 8, k: int = 5
 ) -> None:
-    """The most distrusted images, each with images of the class that its label says, and of the one
-    that its neighbours say."""
-    suspects = trust.find_label_issues()[:rows].tolist()
-    order = trust.scores.argsort(descending=True)  # the surest of each class first
-    told = trust.labels[order]
+    """The most suspicious images, each with images of its labeled class and its suggested class."""
+    issues = detector.find_label_issues()[:rows].tolist()
+    order = detector.scores.argsort(descending=True)  # the most reliable examples first
+    ordered_labels = detector.labels[order]
     blocks = [
-        (1.4, "as labelled", trust.labels),
-        (1.8 + k, "as the neighbours say", trust.suggested_labels),
+        (1.4, "labeled class", detector.labels),
+        (1.8 + k, "suggested class", detector.suggested_labels),
     ]
     width = 1.8 + 2 * k
     with plt.rc_context(STYLE):
-        figure = plt.figure(figsize=(0.8 * width, 0.8 * (1.25 * len(suspects) + 1.1)))
+        figure = plt.figure(figsize=(0.8 * width, 0.8 * (1.25 * len(issues) + 1.1)))
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set_axis_off()
-        axes.text(0.05, -0.6, "Training images whose labels are distrusted most"
-                  if suspects else "No label is distrusted", color=MUTED)  # fmt: skip
-        for x, title, _ in blocks if suspects else ():
+        axes.text(0.05, -0.6, "Training images with the most suspicious labels"
+                  if issues else "No label issues", color=MUTED)  # fmt: skip
+        for x, title, _ in blocks if issues else ():
             axes.text(x + 0.05, -0.15, title, weight="bold", size=11)
-        for row, suspect in enumerate(suspects):
+        for row, issue in enumerate(issues):
             y = 1.25 * row
-            _tile(axes, images, suspect, 0, y, WRONG)
-            axes.text(0.05, y + 1.12, f"image {suspect}", size=8, color=MUTED)
+            _tile(axes, images, issue, 0, y, WRONG)
+            axes.text(0.05, y + 1.12, f"image {issue}", size=8, color=MUTED)
             for x, _, labels in blocks:
-                label = int(labels[suspect])
+                label = int(labels[issue])
                 axes.text(x + 0.05, y + 1.12, _short(images.names[label], 40), size=8, color=MUTED)
-                examples = [i for i in order[told == label].tolist() if i != suspect][:k]
+                examples = order[ordered_labels == label].tolist()
+                examples = [i for i in examples if i != issue][:k]
                 for column, index in enumerate(examples):
                     _tile(axes, images, index, x + column, y, None)
-        axes.set(xlim=(-0.1, width + 0.1), ylim=(1.25 * len(suspects) + 0.1, -1))
+        axes.set(xlim=(-0.1, width + 0.1), ylim=(1.25 * len(issues) + 0.1, -1))
         figure.savefig(path)
         plt.close(figure)
 
@@ -167,27 +168,25 @@ def embedding_map(
             axes.spines[:].set_visible(True)
         figure.legend(*both[0].get_legend_handles_labels(), loc="outside lower center",
                       ncols=5, markerscale=2)  # fmt: skip
-        figure.suptitle(
-            f"{len(classes)} classes that training never saw, t-SNE of {len(chosen)} images"
-        )
+        figure.suptitle(f"{len(classes)} unseen classes, t-SNE of {len(chosen)} images")
         figure.savefig(path)
         plt.close(figure)
 
 
-def _telling_queries(
+def _informative_queries(
     images: Images, before: Tensor, after: Tensor, seed: int, rows: int, k: int
 ) -> list[int]:
-    """Random queries, one a class in turn, first those with a mistake before or after."""
+    """Random queries, those with a wrong neighbor first, and from as many classes as possible."""
     candidates = np.random.default_rng(seed).permutation(len(images))[:500].tolist()
     labels = torch.tensor(images.labels)
-    neighbours = torch.cat([_nearest(e, candidates, k) for e in (before, after)], dim=1)
-    flawless = (labels[neighbours] == labels[candidates][:, None]).all(dim=1).tolist()
-    earlier: Counter[tuple[bool, int]] = Counter()
+    neighbors = torch.cat([_nearest(e, candidates, k) for e in (before, after)], dim=1)
+    all_right = (labels[neighbors] == labels[candidates][:, None]).all(dim=1).tolist()
+    group_sizes: Counter[tuple[bool, int]] = Counter()
     order = []
-    for index, perfect in zip(candidates, flawless, strict=True):
+    for index, perfect in zip(candidates, all_right, strict=True):
         group = (perfect, images.labels[index])
-        order.append((perfect, earlier[group], index))  # its turn among its class
-        earlier[group] += 1
+        order.append((perfect, group_sizes[group], index))  # the first of each class come first
+        group_sizes[group] += 1
     chosen = [index for *_, index in sorted(order, key=lambda item: item[:2])[:rows]]
     return sorted(chosen, key=lambda index: images.labels[index])
 
@@ -201,7 +200,7 @@ def _nearest(embeddings: Tensor, queries: Sequence[int], k: int) -> Tensor:
 def _tile(axes: Axes, images: Images, index: int, x: float, y: float, frame: str | None) -> None:
     picture = images.picture(index).permute(1, 2, 0).numpy()
     edges = (x + 0.05, x + 0.95, y + 0.95, y + 0.05)
-    if picture.shape[2] == 1:  # ink on paper
+    if picture.shape[2] == 1:  # dark on white
         axes.imshow(picture[..., 0], cmap="gray_r", vmin=0, vmax=255, extent=edges, aspect="auto")
     else:
         axes.imshow(picture, extent=edges, aspect="auto")
@@ -212,7 +211,7 @@ def _tile(axes: Axes, images: Images, index: int, x: float, y: float, frame: str
 def _two_dimensions(embeddings: np.ndarray, seed: int) -> np.ndarray:
     perplexity = min(30.0, (len(embeddings) - 1) / 3)
     tsne = TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=seed)
-    # Its threads wait for one another by spinning: on a busy machine two take eight times as long.
+    # With two threads that spin while they wait, t-SNE takes eight times as long on a busy machine.
     with threadpool_limits(1):
         points: np.ndarray = tsne.fit_transform(embeddings)
     return points

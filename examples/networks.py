@@ -1,7 +1,7 @@
 """A small convolutional trunk and a linear embedder, for images of 8 to 224 pixels a side.
 
-They train from nothing in seconds. For photographs, put a pre-trained network in the trunk's place:
-anything that maps (N, channels, size, size) to (N, features) will do.
+They train from scratch in seconds. For photographs, use a pre-trained trunk instead: any module
+that maps (N, channels, size, size) to (N, features).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def build_trunk(channels: int, size: int, width: int = 64) -> nn.Module:
-    """Convolutions that halve the image until about 4 pixels are left, then a 2 x 2 average.
+    """Convolutions and pooling down to about 4 pixels, then 2 x 2 average pooling.
 
     (N, channels, size, size) -> (N, 4 * width).
     """
@@ -25,7 +25,7 @@ def build_trunk(channels: int, size: int, width: int = 64) -> nn.Module:
         if depth < halvings:
             layers += [nn.MaxPool2d(2)]
         channels = width
-    # Keeping 2 x 2 regions apart tells a 6 from a 9; one global average could not.
+    # With global average pooling instead of 2 x 2, a 6 and a 9 would look the same.
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten())
 
 
@@ -34,8 +34,10 @@ def build_embedder(embedding_size: int, width: int = 64) -> nn.Module:
 
 
 class Bfloat16(nn.Module):
-    """Runs a network under bfloat16 autocast and hands on float32, so that losses and distances,
-    which need the precision, never see the shorter type. bfloat16 needs no gradient scaler."""
+    """Runs a module under bfloat16 autocast and returns float32.
+
+    Losses and distances need the precision of float32. bfloat16 needs no gradient scaler.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

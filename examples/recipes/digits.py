@@ -1,7 +1,7 @@
-"""What the recipes share: scanned digits (they come with scikit-learn), a small network, a measure.
+"""Shared by the recipes: scikit-learn's scanned digits, a small network, and an accuracy.
 
-The last third of the images, by other writers, is held out. Whether unseen *classes* are retrieved
-is what examples/train.py measures; ten classes are too few for that.
+The last third of the images, by other writers, is held out. For accuracy on unseen *classes* see
+examples/train.py; ten classes are too few for that.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch.utils.data import TensorDataset
 
 def seed_everything(seed: int = 0) -> None:
     torch.manual_seed(seed)
-    np.random.seed(seed)  # with which PML's samplers draw
+    np.random.seed(seed)  # PML's samplers use NumPy
 
 
 def load() -> tuple[TensorDataset, TensorDataset]:
-    pixels, numbers = load_digits(return_X_y=True)
+    pixels, digits = load_digits(return_X_y=True)
     images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
-    labels = torch.tensor(numbers)
+    labels = torch.tensor(digits)
     return TensorDataset(images[:1200], labels[:1200]), TensorDataset(images[1200:], labels[1200:])
 
 
@@ -45,12 +45,12 @@ def embed(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def map_at_r(embeddings: Tensor, labels: Tensor, knn_func: object = None) -> float:
-    """How well each image's own class is retrieved among the others."""
+    """MAP@R with each image as a query among the others."""
     calculator = AccuracyCalculator(
         include=("mean_average_precision_at_r",),
         k="max_bin_count",
         device=torch.device("cpu"),
         knn_func=knn_func or CustomKNN(CosineSimilarity()),
     )
-    found = calculator.get_accuracy(embeddings, labels)["mean_average_precision_at_r"]
-    return float(found)
+    accuracy = calculator.get_accuracy(embeddings, labels)
+    return float(accuracy["mean_average_precision_at_r"])

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Several processes, with PML's wrapper: every process compares its samples with those of all.
+"""Training in several processes, with PML's wrapper: the loss sees the samples of all processes.
 
 torchrun --nproc-per-node 2 examples/recipes/distributed.py
 """
@@ -10,7 +10,7 @@ import argparse
 
 import torch
 import torch.distributed as dist
-from digits import build_model, embed, load, map_at_r
+from digits import build_model, embed, load, map_at_r, seed_everything
 from pytorch_metric_learning.samplers import MPerClassSampler
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 from torch.nn.parallel import DistributedDataParallel
@@ -20,25 +20,21 @@ from pml_extras.losses import ContextualLoss
 
 def main(steps: int = 60) -> None:
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     device = torch.device(f"cuda:{rank}" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(0)
+    seed_everything()
     train, test = load()
     model = build_model().to(device)
     parallel = DistributedDataParallel(model)
     loss_func = DistributedLossWrapper(ContextualLoss(num_neighbors=8))
     optimizer = torch.optim.Adam(parallel.parameters(), lr=2e-3)
 
-    # The same batches on all ranks, of which each takes its share: all of a class's samples may lie
-    # on one rank, because the wrapper joins the batch again.
-    sampler = MPerClassSampler(train.tensors[1], m=8, batch_size=80)
-    generator = torch.Generator().manual_seed(0)
-    torch.manual_seed(0)
+    # All ranks have the same seed, so they draw the same batch. Each takes its part. The samples of
+    # a class may all be on one rank, because the wrapper joins the parts.
+    sampler = MPerClassSampler(train.tensors[1], m=8, batch_size=80, length_before_new_iter=80)
     for step in range(steps):
-        batch = torch.tensor(list(sampler)[:80])
-        batch = batch[torch.randperm(80, generator=generator)]
-        dist.broadcast(batch, 0)
-        images, labels = (part[batch[rank::world]].to(device) for part in train.tensors)
+        batch = torch.tensor(list(sampler))[torch.randperm(80)]
+        images, labels = (part[batch[rank::world_size]].to(device) for part in train.tensors)
         loss = loss_func(parallel(images), labels)
         optimizer.zero_grad()
         loss.backward()

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Lightning Fabric: the same loop on a processor, a GPU or several, in the precision you like.
+"""Lightning Fabric: the same loop on a CPU, one GPU or several, in any precision.
 
 pip install lightning-fabric
 python examples/recipes/fabric.py
@@ -33,21 +33,21 @@ def main(
     seed_everything()
     train, test = load()
     model = build_model()
-    # A loss with weights is a module like any other, with a learning rate of its own.
+    # A loss with parameters is a module like any other. Its centers have their own learning rate.
     loss_func = CenterContrastiveLoss(num_classes=10, embedding_size=32)
     groups = [{"params": model.parameters()}, {"params": loss_func.parameters(), "lr": 0.1}]
     model, optimizer = fabric.setup(model, Adam(groups, lr=2e-3))
     loss_func = fabric.to_device(loss_func)
-    # PML's wrapper gives all devices the joint batch, and with it the same gradient of the centers.
-    joint = DistributedLossWrapper(loss_func) if fabric.world_size > 1 else loss_func
+    # PML's wrapper joins the batches of all devices, so the centers get the same gradient on each.
+    batch_loss = DistributedLossWrapper(loss_func) if fabric.world_size > 1 else loss_func
 
-    seed_everything(fabric.global_rank)  # every device draws batches of its own
+    seed_everything(fabric.global_rank)  # each device draws its own batches
     sampler = MPerClassSampler(train.tensors[1], m=8, batch_size=80, length_before_new_iter=1600)
     loader = DataLoader(train, batch_size=80, sampler=sampler)
     batches = fabric.setup_dataloaders(loader, use_distributed_sampler=False)
     for epoch in range(epochs):
         for images, labels in batches:
-            loss = joint(model(images), labels)
+            loss = batch_loss(model(images), labels)
             optimizer.zero_grad()
             fabric.backward(loss)
             optimizer.step()

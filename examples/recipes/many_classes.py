@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Very many classes on one device, with averaged centers. For more classes than one device holds
-see examples/sharded_centers.py.
+"""Very many classes on one device, with EMA centers.
+
+For more classes than one device can hold see examples/sharded_centers.py.
 
     python examples/recipes/many_classes.py --classes 1000000
 """
@@ -18,8 +19,8 @@ from pml_extras.losses import CenterContrastiveLoss
 def main(classes: int = 100_000, steps: int = 5, embedding_size: int = 64) -> list[float]:
     torch.manual_seed(0)
     model = torch.nn.Linear(16, embedding_size)
-    # Averaged centers need neither gradients nor an optimizer's state: a quarter of the
-    # memory that Adam needs for as many, and no time for either.
+    # EMA centers need no gradients and no optimizer state. With Adam they would take four times the
+    # memory.
     loss_func = CenterContrastiveLoss(classes, embedding_size, center_update="ema")
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     prototypes = torch.randn(classes, 16)
@@ -33,8 +34,8 @@ def main(classes: int = 100_000, steps: int = 5, embedding_size: int = 64) -> li
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-        seen = int((loss_func.class_counts > 0).sum())
-        print(f"step {step}: loss {losses[-1]:.3f}, {seen} classes seen,"
+        num_seen = int((loss_func.class_counts > 0).sum())
+        print(f"step {step}: loss {losses[-1]:.3f}, {num_seen} classes seen,"
               f" {time.perf_counter() - started:.2f} s")  # fmt: skip
     return losses
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Mixed precision and torch.compile: the network in bfloat16, the loss in float32 by itself.
+"""Mixed precision and torch.compile: the network runs in bfloat16, the loss in float32.
 
 python examples/recipes/mixed_precision.py             # bfloat16
-python examples/recipes/mixed_precision.py --compile   # and compiled; the first step takes long
+python examples/recipes/mixed_precision.py --compile   # compiled; the first step is slow
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ def main(steps: int = 100, compile: bool = False) -> float:
     )
 
     def forward(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        # Under autocast the embeddings are bfloat16. The loss widens them: exponentials and counts
-        # are wrong in eight bits. No GradScaler: bfloat16 has float32's range.
+        # Under autocast the embeddings are bfloat16. The loss converts them to float32, because
+        # bfloat16 is too imprecise for exponentials and counts. bfloat16 has the range of float32,
+        # so there is no GradScaler.
         with torch.autocast(device, torch.bfloat16):
             return loss_func(model(images), labels)
 

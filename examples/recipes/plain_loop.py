@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A loop in plain PyTorch: any loss, the miner, and self-distillation around them.
+"""A training loop in plain PyTorch, with the contextual miner and self-distillation.
 
 python examples/recipes/plain_loop.py
 """
@@ -31,13 +31,13 @@ def main(epochs: int = 5) -> float:
     for epoch in range(epochs):
         for images, labels in DataLoader(train, batch_size=80, sampler=sampler):
             embeddings = model(images)
-            # The miner judges by the neighbours, so let there be neighbours first.
+            # The miner relies on the neighbors, so train one epoch without it first.
             pairs = miner(embeddings, labels) if epoch > 0 else None
             loss = loss_func(embeddings, labels, pairs)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        loss_func.end_epoch()  # the network as it stands is the next epoch's teacher
+        loss_func.end_epoch()  # the current network becomes the teacher of the next epoch
         score = map_at_r(embed(model, test.tensors[0]), test.tensors[1])
         print(f"epoch {epoch + 1}: loss {loss.item():.3f}, MAP@R on held-out images {score:.3f}")
     return score

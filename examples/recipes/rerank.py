@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Re-ranking embeddings that are there already: no training, no model, two files.
+"""Re-rank existing embeddings: no training and no model, only two files.
 
-python examples/recipes/rerank.py                              # digits, by their pixels
-python examples/recipes/rerank.py embeddings.npy labels.npy    # yours: (N, D) and (N,)
+python examples/recipes/rerank.py                              # pixels of the digits
+python examples/recipes/rerank.py embeddings.npy labels.npy    # your own: (N, D) and (N,)
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def main(embeddings: Path | None = None, labels: Path | None = None) -> dict[int
         _, test = load()
         x, y = test.tensors[0].flatten(1), test.tensors[1]
     scores = {0: map_at_r(torch.nn.functional.normalize(x), y)}
-    print(f"plain nearest neighbours: MAP@R {scores[0]:.3f}")
-    for k in (5, 10, 20, 40):  # choose on held-out classes, not on those that you report
+    print(f"nearest neighbors: MAP@R {scores[0]:.3f}")
+    for k in (5, 10, 20, 40):  # choose it on other classes than those you report
         scores[k] = map_at_r(x, y, ContextualKNN(num_neighbors=k))
         print(f"re-ranked, num_neighbors={k:<3}: MAP@R {scores[k]:.3f}")
     return scores

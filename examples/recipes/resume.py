@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Stop at any time, go on exactly: what belongs into a checkpoint.
+"""Resume a stopped run exactly: what a checkpoint must contain.
 
-python examples/recipes/resume.py                # stops after half of the epochs, and goes on
+python examples/recipes/resume.py                # stops after half of the epochs and resumes
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Run:
         self.model = build_model()
         loss_func = ContrastiveLoss()
         ClassInterferenceRegularizer(num_classes=10, embedding_size=32).attach(loss_func)
-        # The teacher's weights and the class means are in the loss's state_dict.
+        # The state_dict of the loss contains the teacher's weights and the class means.
         self.loss_func = SelfDistillation(loss_func, EMATeacher(self.model), num_epochs)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=2e-3)
         self.parts: dict[str, Any] = {
@@ -41,13 +41,13 @@ class Run:
                 part.load_state_dict(saved[name])
             torch.set_rng_state(saved["random"])
             self.epoch = saved["epoch"]
-            print(f"going on after epoch {self.epoch}")
+            print(f"resuming after epoch {self.epoch}")
 
     def save(self) -> None:
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"epoch": self.epoch, "random": torch.get_rng_state()}
         torch.save(state, self.path.with_suffix(".new"))
-        os.replace(self.path.with_suffix(".new"), self.path)  # whole, or not at all
+        os.replace(self.path.with_suffix(".new"), self.path)  # atomic
 
     def train(self, until: int) -> Tensor:
         (images, labels), _ = (data.tensors for data in load())
@@ -67,12 +67,12 @@ class Run:
 def main(epochs: int = 4, path: Path = Path("runs/resume.pt")) -> tuple[Tensor, Tensor]:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
-    whole = Run(epochs, path).train(epochs)
+    uninterrupted = Run(epochs, path).train(epochs)
     path.unlink()
     Run(epochs, path).train(epochs // 2)
-    parts = Run(epochs, path).train(epochs)
-    print("the same weights" if torch.equal(whole, parts) else "other weights")
-    return whole, parts
+    resumed = Run(epochs, path).train(epochs)
+    print("equal weights" if torch.equal(uninterrupted, resumed) else "different weights")
+    return uninterrupted, resumed
 
 
 if __name__ == "__main__":

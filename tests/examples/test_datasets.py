@@ -1,4 +1,4 @@
-"""Each dataset in each format its authors, or ours, publish it in, made up and tiny."""
+"""Small synthetic versions of each dataset, in each format that the loaders read."""
 
 import io
 import json
@@ -9,6 +9,7 @@ import urllib.error
 import zipfile
 from pathlib import Path
 
+import cli
 import datasets
 import numpy as np
 import pytest
@@ -17,28 +18,30 @@ import train
 from datasets import UserError
 from PIL import Image
 
-SHARED = Path(
-    os.environ.get("PML_EXTRAS_DATA", Path(__file__).parents[3] / "shared" / "data")
-)  # the real arrays, where there are any
+DATA_ROOT = os.environ.get("PML_EXTRAS_DATA")  # of the real datasets
 
 
-def picture(path, color, size=(12, 10), mode="RGB"):
+def write_image(path, color, size=(12, 10), mode="RGB"):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size, color).save(path)
 
 
-def colours(classes, root, names="class{:02}", images=6):
-    """A directory of plain images a class, each class in a colour of its own."""
+def write_classes(classes, root, names="class{:02}", images=6):
+    """Write one directory of plain images per class. Each class has its own color."""
     for c in range(classes):
         for i in range(images):
-            picture(root / names.format(c) / f"{i}.png", (20 * c, 255 - 20 * c, 40 * i))
+            write_image(root / names.format(c) / f"{i}.png", (20 * c, 255 - 20 * c, 40 * i))
 
 
-def trains(tmp_path, *arguments):
-    """One epoch by the main example, in batches that tiny datasets can fill."""
+def call(*arguments):
+    return cli.call(train.run, list(map(str, arguments)))
+
+
+def train_one_epoch(tmp_path, *arguments):
+    """Run train.py with batches that small datasets can fill."""
     command = ["--out", str(tmp_path / "run"), "--epochs", "1", "--batch-size", "4"]
     command += ["--samples-per-class", "2", "--image-size", "16", "--loss", "contrastive"]
-    assert train.main([*command, *map(str, arguments)]) == 0
+    assert call(*command, *arguments) == 0
     return json.loads((tmp_path / "run" / "results.json").read_text())
 
 
@@ -51,7 +54,7 @@ def test_digits():
     assert len(data.test) == 896
     assert len(data.train) == 8 * 901
     assert len(data.train.names) == 40
-    # The second way is a quarter turn; the fifth is the first, mirrored.
+    # The second view is a rotation by 90 degrees; the fifth is the first, mirrored.
     source = data.train.source
     assert torch.equal(source[901], source[0].rot90(1, (1, 2)))
     assert torch.equal(source[4 * 901], source[0].flip(2))
@@ -64,8 +67,8 @@ def test_digits():
 # ---- folder
 
 
-def test_folder_halves_the_classes(tmp_path):
-    colours(5, tmp_path)
+def test_folder_splits_the_classes_in_half(tmp_path):
+    write_classes(5, tmp_path)
     data = datasets.folder(tmp_path, image_size=16)
     assert data.train.names == ["class00", "class01", "class02"]
     assert data.test.names == ["class03", "class04"]
@@ -76,9 +79,9 @@ def test_folder_halves_the_classes(tmp_path):
 
 
 def test_folder_with_train_and_test(tmp_path):
-    colours(3, tmp_path / "data" / "train", "seen{}")
-    colours(2, tmp_path / "data" / "test", "unseen{}")
-    results = trains(tmp_path, "--dataset", "folder", "--data-root", tmp_path / "data")
+    write_classes(3, tmp_path / "data" / "train", "seen{}")
+    write_classes(2, tmp_path / "data" / "test", "unseen{}")
+    results = train_one_epoch(tmp_path, "--dataset", "folder", "--data-root", tmp_path / "data")
     assert results["config"]["image_size"] == 16
     data = datasets.folder(tmp_path / "data", 16)
     assert (data.train.names, data.test.names) == (
@@ -98,49 +101,48 @@ def test_resume_is_exact_with_workers_that_mirror_images(tmp_path):
     common = ["--dataset", "folder", "--data-root", data, "--workers", "1"]
     for out, parts in (("whole", [["2"]]), ("parts", [["1"], ["2", "--resume"]])):
         for epochs, *resume in parts:
-            results = trains(tmp_path / out, *common, "--epochs", epochs, *resume)
+            results = train_one_epoch(tmp_path / out, *common, "--epochs", epochs, *resume)
         logs.append(results["history"])
     assert len(logs[0]) == 3
     assert logs[0] == logs[1]
 
 
-def refuse(capsys, tmp_path, root, *arguments):
+def folder_error(capsys, tmp_path, root):
     out = tmp_path / "run"
-    command = ["--dataset", "folder", "--data-root", str(root), "--out", str(out), *arguments]
-    assert train.main(command) == 2
+    assert call("--dataset", "folder", "--data-root", root, "--out", out) == 2
     assert not out.exists()
     (line,) = capsys.readouterr().err.splitlines()
     return line
 
 
-def test_folders_that_cannot_serve_are_refused(tmp_path, capsys):
+def test_invalid_folders(tmp_path, capsys):
     root = tmp_path / "data"
-    colours(4, root)
+    write_classes(4, root)
     for image in list((root / "class03").iterdir())[1:]:
         image.unlink()
-    assert "class class03 has one image" in refuse(capsys, tmp_path, root)
+    assert "class class03 has one image" in folder_error(capsys, tmp_path, root)
     next((root / "class03").iterdir()).unlink()
-    assert "class03 holds no images" in refuse(capsys, tmp_path, root)
+    assert "class03 contains no images" in folder_error(capsys, tmp_path, root)
     (root / "class03").rmdir()
-    assert "2 classes to train and 1 unseen" in refuse(capsys, tmp_path, root)
-    colours(2, root / "train")
-    colours(3, root / "test")
-    assert "class class00 is in both train/ and test/" in refuse(capsys, tmp_path, root)
+    assert "2 classes to train and 1 to test" in folder_error(capsys, tmp_path, root)
+    write_classes(2, root / "train")
+    write_classes(3, root / "test")
+    assert "class class00 is in both train/ and test/" in folder_error(capsys, tmp_path, root)
 
 
-def test_classes_too_small_to_validate_on_are_refused(tmp_path, capsys):
-    colours(4, tmp_path / "data", images=3)
-    line = refuse(capsys, tmp_path, tmp_path / "data")
+def test_classes_too_small_for_validation(tmp_path, capsys):
+    write_classes(4, tmp_path / "data", images=3)
+    line = folder_error(capsys, tmp_path, tmp_path / "data")
     assert "no training class has four images" in line
 
 
-def test_a_broken_image_is_named_also_from_a_worker(tmp_path, capsys):
-    colours(4, tmp_path / "data")
-    (tmp_path / "data" / "class03" / "0.png").write_bytes(b"no image")
+def test_a_broken_image_is_named_with_and_without_workers(tmp_path, capsys):
+    write_classes(4, tmp_path / "data")
+    (tmp_path / "data" / "class03" / "0.png").write_bytes(b"not an image")
     for workers in ("0", "1"):
         command = ["--dataset", "folder", "--data-root", str(tmp_path / "data")]
         command += ["--out", str(tmp_path / "run"), "--workers", workers]
-        assert train.main([*command, "--samples-per-class", "2", "--batch-size", "4"]) == 2
+        assert call(*command, "--samples-per-class", "2", "--batch-size", "4") == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("train.py: error: cannot read the image")
         assert "0.png" in line
@@ -151,17 +153,17 @@ def test_flip_mirrors_some_of_the_images():
     pixels = torch.arange(6, dtype=torch.uint8).reshape(1, 1, 1, 6)
     images = datasets.Images(pixels, [0], ["a"], 6, flip=True)
     torch.manual_seed(0)
-    seen = [images[0][0] for _ in range(100)]
+    drawn = [images[0][0] for _ in range(100)]
     plain = datasets.replace(images, flip=False)[0][0]
-    mirrored = sum(torch.equal(image, plain.flip(2)) for image in seen)
-    assert sum(torch.equal(image, plain) for image in seen) == 100 - mirrored
+    mirrored = sum(torch.equal(image, plain.flip(2)) for image in drawn)
+    assert sum(torch.equal(image, plain) for image in drawn) == 100 - mirrored
     assert 30 < mirrored < 70
 
 
-# ---- Holding out, and wrong labels.
+# ---- Validation split and label noise
 
 
-def test_hold_out_takes_every_fifth_and_leaves_pairs():
+def test_hold_out_takes_every_fifth_image_and_keeps_pairs():
     sizes = [20, 11, 9, 4, 3, 2]
     labels = [c for c, size in enumerate(sizes) for _ in range(size)]
     pixels = torch.arange(len(labels), dtype=torch.uint8).reshape(-1, 1, 1, 1)
@@ -170,7 +172,7 @@ def test_hold_out_takes_every_fifth_and_leaves_pairs():
     assert np.bincount(held.labels, minlength=6).tolist() == [4, 2, 2, 2, 0, 0]
     assert np.bincount(kept.labels, minlength=6).tolist() == [16, 9, 7, 2, 3, 2]
     both = torch.cat([kept.source, held.source]).flatten().tolist()
-    assert sorted(both) == list(range(len(labels)))  # each image on one side
+    assert sorted(both) == list(range(len(labels)))  # each image is in one part
 
 
 def test_label_noise_is_symmetric_exact_and_seeded():
@@ -182,7 +184,7 @@ def test_label_noise_is_symmetric_exact_and_seeded():
     counts = np.zeros((4, 4))
     np.add.at(counts, (before, after), 1)
     wrong = counts[~np.eye(4, dtype=bool)]
-    assert wrong == pytest.approx(np.full(12, 300), abs=75)  # more than four standard deviations
+    assert wrong == pytest.approx(np.full(12, 300), abs=75)  # four standard deviations
     assert noisy.labels == datasets.with_label_noise(images, 0.3, seed=1).labels
     assert noisy.labels != datasets.with_label_noise(images, 0.3, seed=2).labels
     assert datasets.with_label_noise(images, 0.0, seed=1).labels == labels
@@ -226,7 +228,7 @@ def test_omniglot_as_published(tmp_path, form):
     assert image.float().mean() == pytest.approx(255 * 20 * 60 / 105**2, rel=0.02)
 
 
-def test_omniglot_as_one_array(tmp_path):
+def test_omniglot_npz(tmp_path):
     y = np.repeat(np.arange(5), 4)
     x = np.broadcast_to((10 * y).astype(np.uint8)[:, None, None], (20, 28, 28))
     names = np.array([f"A/character{i}" for i in range(5)])
@@ -245,7 +247,7 @@ def cifar_files(folder):
     for part, images in (("train", 3), ("test", 1)):
         labels = [c for c in (0, 1, 49, 50, 99) for _ in range(images)]
         data = np.zeros((len(labels), 3072), np.uint8)
-        data[:, 1024:2048] = np.array(labels)[:, None]  # the green of it
+        data[:, 1024:2048] = np.array(labels)[:, None]  # the green channel
         content = {b"data": data, b"fine_labels": labels, b"coarse_labels": labels}
         (folder / part).write_bytes(pickle.dumps(content, protocol=2))
     meta = {b"fine_label_names": [b"name%d" % i for i in range(100)]}
@@ -268,7 +270,7 @@ def test_cifar100_as_published(tmp_path, form):
     assert [channel.unique().tolist() for channel in last] == [[0], [99], [0]]
 
 
-def test_cifar100_as_one_array(tmp_path):
+def test_cifar100_npz(tmp_path):
     y = np.array([0, 0, 0, 49, 49, 50, 50, 50, 99, 99], np.uint8)
     x = np.zeros((10, 32, 32, 3), np.uint8)
     x[..., 1] = y[:, None, None]
@@ -281,26 +283,26 @@ def test_cifar100_as_one_array(tmp_path):
     assert data.test.picture(3)[1].unique().tolist() == [99]
 
 
-class Harmful:
+class Malicious:
     def __reduce__(self):
-        return os.system, ("echo harm",)
+        return os.system, ("echo malicious",)
 
 
 def test_a_cifar_pickle_cannot_run_code(tmp_path):
     cifar_files(tmp_path / "cifar-100-python")
-    (tmp_path / "cifar-100-python" / "meta").write_bytes(pickle.dumps(Harmful()))
-    with pytest.raises(UserError, match=r"system has no place in a CIFAR file"):
+    (tmp_path / "cifar-100-python" / "meta").write_bytes(pickle.dumps(Malicious()))
+    with pytest.raises(UserError, match=r"system is not allowed in a CIFAR file"):
         datasets.cifar100(tmp_path)
 
 
-# ---- What PML has loaders for.
+# ---- Datasets with loaders in PML
 
 
 def make_cub(root):
     lines = [(c, f"{c:03}.Bird/{i}.jpg") for c in (1, 2, 100, 101, 200) for i in range(6)]
     base = root / "CUB_200_2011"
     for c, name in lines:
-        picture(base / "images" / name, (c, 0, 0))
+        write_image(base / "images" / name, (c, 0, 0))
     (base / "images.txt").write_text("".join(f"{n} {p}\n" for n, (_, p) in enumerate(lines, 1)))
     labels = "".join(f"{n} {c}\n" for n, (c, _) in enumerate(lines, 1))
     (base / "image_class_labels.txt").write_text(labels)
@@ -312,7 +314,7 @@ def make_cars196(root):
     for part, numbers in (("train", range(4)), ("test", range(4, 6))):
         rows = [(c, f"{c}_{i}.jpg") for c in (1, 2, 98, 99, 196) for i in numbers]
         for c, name in rows:
-            picture(root / "car_data" / "car_data" / part / f"Car {c}-x" / name, (c, 0, 0))
+            write_image(root / "car_data" / "car_data" / part / f"Car {c}-x" / name, (c, 0, 0))
         annotations = "".join(f"{name},1,2,3,4,{c}\n" for c, name in rows)
         (root / f"anno_{part}.csv").write_text(annotations)
 
@@ -323,7 +325,7 @@ def make_sop(root):
         lines = ["image_id class_id super_class_id path"]
         for c in classes:
             for i in range(6):
-                picture(base / "bicycle_final" / f"{c}_{i}.JPG", (c, 0, 0))
+                write_image(base / "bicycle_final" / f"{c}_{i}.JPG", (c, 0, 0))
                 lines.append(f"{len(lines)} {c} 1 bicycle_final/{c}_{i}.JPG")
         (base / f"Ebay_{part}.txt").write_text("\n".join(lines) + "\n")
 
@@ -334,7 +336,7 @@ def make_inaturalist(root):
     for part, classes in (("train", (10, 11, 12)), ("test", (20, 21))):
         names = [f"train_val2018/Birds/{c}/{i}.jpg" for c in classes for i in range(6)]
         for name in names:
-            picture(root / name, (int(name.split("/")[2]), 0, 0))
+            write_image(root / name, (int(name.split("/")[2]), 0, 0))
             images.append({"file_name": name, "id": len(images)})
             label = int(name.split("/")[2])
             annotations.append({"image_id": len(annotations), "category_id": label})
@@ -354,42 +356,42 @@ MAKERS = {
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_the_datasets_of_pml(tmp_path, name):
-    root = tmp_path / "data" / name  # found in a folder of its name
+def test_pml_datasets(tmp_path, name):
+    root = tmp_path / "data" / name  # in a directory of its name
     MAKERS[name](root)
     data = datasets.load(name, tmp_path / "data", image_size=16)
     assert np.bincount(data.train.labels).tolist() == [6, 6, 6]
     assert np.bincount(data.test.labels).tolist() == [6, 6]
     assert len(set(data.train.names + data.test.names)) == 5
-    again = datasets.load(name, root, image_size=16)  # or in the directory itself
+    again = datasets.load(name, root, image_size=16)  # or directly in the root
     assert again.train.source == data.train.source
-    results = trains(tmp_path, "--dataset", name, "--data-root", tmp_path / "data")
+    results = train_one_epoch(tmp_path, "--dataset", name, "--data-root", tmp_path / "data")
     assert results["after"]["precision_at_1"] >= 0
 
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_missing_image_is_named(tmp_path, name):
     MAKERS[name](tmp_path / "data")
-    gone = sorted(p for p in (tmp_path / "data").rglob("*") if p.suffix.lower() == ".jpg")[-1]
-    gone.unlink()
-    with pytest.raises(UserError, match=rf"the image .*{gone.name} is missing"):
+    missing = sorted(p for p in (tmp_path / "data").rglob("*") if p.suffix.lower() == ".jpg")[-1]
+    missing.unlink()
+    with pytest.raises(UserError, match=rf"the image .*{missing.name} is missing"):
         datasets.load(name, tmp_path / "data", image_size=16)
 
 
-# ---- Downloads, without a network.
+# ---- Downloads, without a network
 
-IN_ARCHIVES = ["omniglot", "cifar100"]
+ARCHIVES = ["omniglot", "cifar100"]
 
 
-@pytest.mark.parametrize("name", [*IN_ARCHIVES, *MAKERS])
-def test_a_missing_dataset_says_how_to_get_it(tmp_path, name):
+@pytest.mark.parametrize("name", [*ARCHIVES, *MAKERS])
+def test_a_missing_dataset_suggests_download(tmp_path, name):
     with pytest.raises(UserError, match=r"is missing; .*--download"):
         datasets.load(name, tmp_path, image_size=16)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", [*IN_ARCHIVES, *MAKERS])
-def test_a_download_that_fails_leaves_nothing(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("name", [*ARCHIVES, *MAKERS])
+def test_a_failed_download_leaves_nothing(tmp_path, monkeypatch, name):
     def no_network(*args, **kwargs):
         raise urllib.error.URLError("no route to host")
 
@@ -407,18 +409,18 @@ class Response(io.BytesIO):
 
 @pytest.mark.parametrize("name", ["omniglot", "cub"])
 def test_a_download(tmp_path, monkeypatch, name):
-    made, root = tmp_path / "made", tmp_path / "root"
+    source, root = tmp_path / "source", tmp_path / "root"
     archives = {}
     if name == "omniglot":
         for part, count in (("images_background", 3), ("images_evaluation", 2)):
-            characters(made / part, "A", count)
-            zipped(made / part)
-            archives[f"{part}.zip"] = (made / f"{part}.zip").read_bytes()
+            characters(source / part, "A", count)
+            zipped(source / part)
+            archives[f"{part}.zip"] = (source / f"{part}.zip").read_bytes()
     else:
-        make_cub(made)
-        with tarfile.open(made / "cub.tgz", "w:gz") as tar:
-            tar.add(made / "CUB_200_2011", "CUB_200_2011")
-        archives["CUB_200_2011.tgz"] = (made / "cub.tgz").read_bytes()
+        make_cub(source)
+        with tarfile.open(source / "cub.tgz", "w:gz") as tar:
+            tar.add(source / "CUB_200_2011", "CUB_200_2011")
+        archives["CUB_200_2011.tgz"] = (source / "cub.tgz").read_bytes()
 
     def urlopen(request, **kwargs):
         url = getattr(request, "full_url", request)
@@ -428,10 +430,10 @@ def test_a_download(tmp_path, monkeypatch, name):
     data = datasets.load(name, root, image_size=16, download=True)
     assert len(data.train.names) == 3
     monkeypatch.undo()
-    assert len(datasets.load(name, root, image_size=16).test.names) == 2  # it stays
+    assert len(datasets.load(name, root, image_size=16).test.names) == 2  # without a download
 
 
-# ---- The real arrays.
+# ---- Real data
 
 
 @pytest.mark.parametrize(
@@ -441,10 +443,11 @@ def test_a_download(tmp_path, monkeypatch, name):
         ("cifar100", "cifar100_subset.npz", 10000, 50, 10000, 50),
     ],
 )
-def test_real_arrays(name, file, train_images, train_classes, test_images, test_classes):
-    if not (SHARED / file).is_file():
-        pytest.skip(f"no {SHARED / file}; set PML_EXTRAS_DATA to the directory that holds it")
-    data = datasets.load(name, SHARED, image_size=16)
+@pytest.mark.skipif(not DATA_ROOT, reason="PML_EXTRAS_DATA does not name a directory of datasets")
+def test_real_data(name, file, train_images, train_classes, test_images, test_classes):
+    if not Path(DATA_ROOT, file).is_file():
+        pytest.skip(f"there is no {Path(DATA_ROOT, file)}")
+    data = datasets.load(name, Path(DATA_ROOT), image_size=16)
     assert (len(data.train), len(data.train.names)) == (train_images, train_classes)
     assert (len(data.test), len(data.test.names)) == (test_images, test_classes)
     assert 0 < data.train.picture(0).float().mean() < 255

@@ -1,4 +1,4 @@
-"""Runs of the main example killed without warning (SIGKILL), and resumed."""
+"""Runs of train.py that are killed (SIGKILL) and resumed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import signal
 import time
 
 import checkpoint
+import cli
 import figures
 import numpy as np
 import pytest
@@ -34,36 +35,37 @@ def run(out, epochs, data):
     for figure in ("training_curves", "retrieval_board", "embedding_map"):
         setattr(figures, figure, lambda path, *arguments: path.touch())
     resume = ["--resume"] if (out / "checkpoint.pt").exists() else []
-    # What an attempt killed before its first checkpoint leaves is no run yet: start again in it.
+    # An attempt that was killed before its first checkpoint leaves a partial file.
     if not resume and out.is_dir():
         for path in out.glob("checkpoint.pt.part"):
             path.unlink()
-    return train.main([*data, *ARGUMENTS, "--out", str(out), "--epochs", str(epochs), *resume])
+    command = [*data, *ARGUMENTS, "--out", str(out), "--epochs", str(epochs), *resume]
+    return cli.call(train.run, command)
 
 
 @pytest.mark.parametrize(
     "kills", [3, pytest.param(50, marks=pytest.mark.long)], ids=["3 kills", "50 kills"]
 )
-def test_killed_runs_lose_nothing_but_the_unfinished_epoch(kills, tmp_path):
+def test_killed_runs_lose_only_the_unfinished_epoch(kills, tmp_path):
     data = small_omniglot(tmp_path)
     started = time.perf_counter()
     run(tmp_path / "short", 1, data)
-    span = time.perf_counter() - started  # of the start and one epoch
-    # A fork has everything imported: it can be killed at any moment of a run, early ones too.
+    span = time.perf_counter() - started  # setup and one epoch
+    # A fork has imported everything, so it can be killed at any moment of a run.
     fork = multiprocessing.get_context("fork")
-    dice = random.Random(0)
+    generator = random.Random(0)
     done = attempts = 0
     while attempts < kills or done == 0:
         attempts += 1
         assert attempts < kills + 20
         attempt = fork.Process(target=run, args=(tmp_path / "killed", 10_000, data))
         attempt.start()
-        # Longer, if the machine has become so slow that nothing has been done yet.
-        time.sleep(dice.uniform(0, 2 * span * max(1, attempts - kills + 1)))
+        # Wait longer if the machine is so slow that no epoch is complete yet.
+        time.sleep(generator.uniform(0, 2 * span * max(1, attempts - kills + 1)))
         os.kill(attempt.pid, signal.SIGKILL)
         attempt.join()
         if (tmp_path / "killed" / "checkpoint.pt").exists():
-            state = checkpoint.load(tmp_path / "killed" / "checkpoint.pt")  # whole, always
+            state = checkpoint.load(tmp_path / "killed" / "checkpoint.pt")  # always readable
             assert state["epoch"] >= done
             assert [row["epoch"] for row in state["history"]] == list(range(state["epoch"] + 1))
             done = state["epoch"]

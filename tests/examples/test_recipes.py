@@ -1,4 +1,4 @@
-"""The recipes run, at a shrunken size, and do what they say."""
+"""The recipes, with fewer steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 
 @pytest.fixture
 def recipe(monkeypatch, tmp_path):
-    """Load a recipe, as running it would; what it writes goes elsewhere."""
+    """Import a recipe. It runs in a temporary directory."""
     monkeypatch.syspath_prepend(str(RECIPES))
     monkeypatch.chdir(tmp_path)
 
@@ -65,8 +65,8 @@ def test_many_classes(recipe):
 
 
 def test_resume(recipe, tmp_path):
-    whole, parts = recipe("resume").main(epochs=2, path=tmp_path / "resume.pt")
-    assert torch.equal(whole, parts)
+    uninterrupted, resumed = recipe("resume").main(epochs=2, path=tmp_path / "resume.pt")
+    assert torch.equal(uninterrupted, resumed)
 
 
 def run(*command):

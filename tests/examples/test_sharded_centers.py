@@ -1,4 +1,4 @@
-"""The example of sharded centers, in one process and, as a user would run it, under torchrun."""
+"""sharded_centers.py in one process, and under torchrun as a user runs it."""
 
 import os
 import re
@@ -17,8 +17,8 @@ SMALL = ["--people", "97", "--batch-size", "30", "--steps", "2"]
 
 
 @pytest.fixture
-def alone(monkeypatch, capsys):
-    """Run it in this process, as torchrun would with one; what it prints."""
+def run_here(monkeypatch, capsys):
+    """Run it in this process, with the environment of torchrun. Return what it prints."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -38,7 +38,7 @@ def alone(monkeypatch, capsys):
     return run
 
 
-def under_torchrun(out, processes, *arguments):
+def run_torchrun(out, processes, *arguments):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     script = [f"--nproc-per-node={processes}", sharded_centers.__file__, "--out", str(out)]
     done = subprocess.run(
@@ -56,22 +56,22 @@ def losses(printed):
     return {int(step): float(loss) for step, loss in found}
 
 
-def test_a_run_goes_on_with_more_processes_as_it_would_have_with_one(tmp_path, alone):
-    printed = alone(tmp_path / "one")
+def test_resuming_with_more_processes_gives_the_same_losses(tmp_path, run_here):
+    printed = run_here(tmp_path / "one")
     assert printed.startswith("1 processes; the first holds 97 of 97 centers\nstep     0  accuracy")
     assert printed.endswith(f"saved {tmp_path}/one/step-000002\n")
     assert list(losses(printed)) == [1, 2]
     shutil.copytree(tmp_path / "one", tmp_path / "two")
 
-    one = alone(tmp_path / "one", "--resume")
-    two = under_torchrun(tmp_path / "two", 2, "--resume")
-    assert two.startswith("2 processes; the first holds 49 of 97 centers\ngoing on from ")
+    one = run_here(tmp_path / "one", "--resume")
+    two = run_torchrun(tmp_path / "two", 2, "--resume")
+    assert two.startswith("2 processes; the first holds 49 of 97 centers\nresuming from ")
     assert list(losses(two)) == [3, 4]
     assert losses(two) == pytest.approx(losses(one), abs=2e-4)
     assert two.endswith(f"saved {tmp_path}/two/step-000004\n")
 
 
-def test_there_has_to_be_something_to_resume(tmp_path, alone, capsys):
+def test_resuming_without_a_checkpoint(tmp_path, run_here, capsys):
     with pytest.raises(SystemExit):
-        alone(tmp_path, "--resume")
+        run_here(tmp_path, "--resume")
     assert f"there is no checkpoint in {tmp_path}" in capsys.readouterr().err

@@ -1,0 +1,75 @@
+"""The losses, miners and teachers that the command line offers, by name."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from pytorch_metric_learning import losses, miners
+from pytorch_metric_learning.distances import CosineSimilarity
+from pytorch_metric_learning.samplers import MPerClassSampler
+from pytorch_metric_learning.utils.common_functions import get_labels_to_indices
+from torch import nn
+
+from pml_extras.distillation import EMATeacher, SelfDistillation, SnapshotTeacher
+from pml_extras.label_noise import LabelNoiseDetector
+from pml_extras.losses import CenterContrastiveLoss, ContextualLoss
+from pml_extras.miners import ContextualSimilarityMiner
+from pml_extras.regularizers import ClassInterferenceRegularizer
+
+cosine = CosineSimilarity
+# c: number of training classes, d: embedding size, m: samples per class in a batch.
+LOSSES: dict[str, Callable[[int, int, int], nn.Module]] = {
+    "contextual": lambda c, d, m: ContextualLoss(num_neighbors=m),
+    "center_contrastive": lambda c, d, m: CenterContrastiveLoss(c, d),
+    "center_contrastive_ema": lambda c, d, m: CenterContrastiveLoss(c, d, center_update="ema"),
+    "contrastive": lambda c, d, m: losses.ContrastiveLoss(1.0, 0.5, distance=cosine()),
+    "triplet": lambda c, d, m: losses.TripletMarginLoss(0.2, distance=cosine()),
+    "multi_similarity": lambda c, d, m: losses.MultiSimilarityLoss(),
+    "supcon": lambda c, d, m: losses.SupConLoss(),
+    "ntxent": lambda c, d, m: losses.NTXentLoss(temperature=0.1),
+    "proxy_anchor": lambda c, d, m: losses.ProxyAnchorLoss(c, d),
+    "arcface": lambda c, d, m: losses.ArcFaceLoss(c, d, scale=16),
+    "cosface": lambda c, d, m: losses.CosFaceLoss(c, d, scale=16),
+    "normalized_softmax": lambda c, d, m: losses.NormalizedSoftmaxLoss(c, d),
+    "smooth_ap": lambda c, d, m: losses.SmoothAPLoss(),
+}
+MINERS: dict[str, Callable[[int], Any]] = {
+    "none": lambda m: None,
+    "multi_similarity": lambda m: miners.MultiSimilarityMiner(epsilon=0.1),
+    "triplet_margin": lambda m: miners.TripletMarginMiner(0.2, "semihard", distance=cosine()),
+    "contextual": lambda m: ContextualSimilarityMiner(num_neighbors=m),
+}
+TEACHERS = {"snapshot": SnapshotTeacher, "ema": EMATeacher}
+# Learning rates of a loss's own parameters. Centers need larger steps than proxies.
+LOSS_LR = {"center_contrastive": 0.1}
+DEFAULT_LOSS_LR = 0.01
+
+
+def build_loss(
+    args: argparse.Namespace, num_classes: int, models: dict[str, nn.Module]
+) -> nn.Module:
+    """The loss, with class interference and self-distillation if the arguments ask for them."""
+    loss = LOSSES[args.loss](num_classes, args.embedding_size, args.samples_per_class)
+    if args.interfere is not None:
+        regularizer = ClassInterferenceRegularizer(
+            num_classes, args.embedding_size, strength=args.interfere
+        )
+        regularizer.attach(loss)
+    if args.distill:
+        teacher = TEACHERS[args.distill](models["trunk"], models["embedder"])
+        loss = SelfDistillation(loss, teacher, num_epochs=args.epochs)
+    return loss
+
+
+def build_miner(args: argparse.Namespace) -> Any:
+    return MINERS[args.miner](args.samples_per_class)
+
+
+def drop_label_issues(sampler: MPerClassSampler, detector: LabelNoiseDetector) -> None:
+    """Stop sampling images with label issues. A class without other images keeps all of them."""
+    is_clean = detector.scores.numpy() >= 1
+    for label, indices in get_labels_to_indices(detector.labels).items():
+        kept = indices[is_clean[indices]]
+        sampler.labels_to_indices[label] = kept if len(kept) else indices
