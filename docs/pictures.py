@@ -74,7 +74,9 @@ def contextual_loss() -> Figure:
     similarities = f.pairwise_cosine(x)
     shown = {
         "cosine similarity": similarities,
-        "contextual similarity": f.contextual_similarity(2 - 2 * similarities, num_neighbors=6, slack=0.02),
+        "contextual similarity": f.contextual_similarity(
+            2 - 2 * similarities, num_neighbors=6, slack=0.02
+        ),
         "target": (labels[:, None] == labels).float(),
     }
     figure, panels = plt.subplots(1, 3, figsize=(9.6, 3.4), layout="constrained")

@@ -1,188 +1,218 @@
-"""What training and selection see, and, apart from it, what only the final test sees."""
+"""The data of an experiment. Training and selection get one object, the final test another."""
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-import datasets
 import numpy as np
 import torch
-from datasets import Images
 from pytorch_metric_learning.samplers import MPerClassSampler
 from torch import Tensor
 from torch.utils.data import BatchSampler, RandomSampler
 
-from .plan import CONDITIONS, DATASETS, Condition, Sizes
+from . import examples
+from .components import Sizes
+from .conditions import CONDITIONS, DATASETS, Condition, Scenario
+from .examples import Images, UserError
 
-ROOT = Path(
-    os.environ.get("PML_EXTRAS_DATA", Path(__file__).parents[3] / "shared" / "data")
-)  # the default of --data-root
-CIFAR_TEST_IMAGES = 100  # a class, and the last of the class in examples/datasets.py
+CIFAR_TEST_IMAGES = 100  # per class; examples/datasets.py puts them last
 
 
-class Training(NamedTuple):
-    """All that selection is given. It holds no image of a test class."""
+class TrainData(NamedTuple):
+    """All data that training and selection see. No image is of a test class."""
 
-    images: Images  # with the labels that training is told
+    images: Images  # with the labels to train on, which may be wrong
     true_labels: list[int]
-    validation: Images  # of other classes than `images`; in classification other images
+    validation: Images  # of other classes than `images`; in classification, other images
 
 
-class Test(NamedTuple):
+class TestData(NamedTuple):
     images: Images
-    rare: frozenset[int]  # labels of the classes that are like the rare ones in training
+    rare: frozenset[int]  # labels of the classes whose alphabets are rare in training
 
 
-def load_training(dataset: str, start: str, condition: str, seed: int, root: Path) -> Training:
-    """`start` may also be "pretraining": the half of the classes that is not fine-tuned on."""
-    spec, how = DATASETS[dataset], CONDITIONS[condition]
-    if spec.classification:
-        images, validation = datasets.hold_out(_official(spec.source, start, root, test=False))
+# ---- Where the files are.
+
+
+def add_data_root(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data-root",
+        type=Path,
+        default=os.environ.get("PML_EXTRAS_DATA"),
+        help="directory of the datasets' files; default: the environment variable PML_EXTRAS_DATA",
+    )
+
+
+def check_data_root(root: Path | None, sources: Iterable[str]) -> None:
+    """Raise UserError if one of the sources needs files and the directory is missing."""
+    name = next((name for name in sources if name != "digits"), None)
+    if name is None or (root and root.is_dir()):
+        return
+    problem = f"there is no directory {root}" if root else f"{name} needs a directory of files"
+    raise UserError(f"{problem}; pass --data-root DIR or set PML_EXTRAS_DATA")
+
+
+# ---- Splits.
+
+
+def load_train(scenario: Scenario, seed: int, root: Path | None) -> TrainData:
+    """`scenario.init` may also be "pretraining": the classes that fine-tuning does not use."""
+    dataset, condition = DATASETS[scenario.dataset], CONDITIONS[scenario.condition]
+    if dataset.classification:
+        official = _official_split(dataset.source, scenario.init, root, test=False)
+        images, validation = examples.hold_out(official)
     else:
-        every = _classes(spec.source, root, test=False)
-        place = places(every.names)
-        validation = of_classes(every, place % 5 == 4)
-        # Unseen classes of the training alphabets, for the test that a long tail needs.
-        kept = (place % 5 != 4) & ((place % 5 != 2) | (how.imbalance == 1))
-        images = of_classes(every, half(kept, start))
-    images = impoverish(images, how, seed)
-    told = datasets.with_label_noise(images, how.noise, seed)
-    mirrored = spec.source == "cifar100"
-    return Training(replace(told, flip=mirrored), images.labels, validation)
+        pool = _load_classes(dataset.source, root, test=False)
+        index = index_in_alphabet(pool.names)
+        validation = select_classes(pool, index % 5 == 4)
+        # With a long tail, one class in five is for the test: unseen, of the same alphabets.
+        mask = (index % 5 != 4) & ((index % 5 != 2) | (condition.imbalance == 1))
+        images = select_classes(pool, half_for(scenario.init, mask))
+    images = subsample(images, condition, seed)
+    noisy = examples.with_label_noise(images, condition.noise, seed)
+    noisy = replace(noisy, flip=dataset.source == "cifar100")
+    return TrainData(noisy, images.labels, validation)
 
 
-def load_test(dataset: str, start: str, condition: str, seed: int, root: Path) -> Test:
-    spec, how = DATASETS[dataset], CONDITIONS[condition]
-    if spec.classification:
-        return Test(_official(spec.source, start, root, test=True), frozenset())
-    if how.imbalance == 1:
-        return Test(_classes(spec.source, root, test=True), frozenset())
-    every = _classes(spec.source, root, test=False)
-    images = of_classes(every, places(every.names) % 5 == 2)
-    share = shares(images.names, every.names, how.imbalance, seed)
-    rare = np.flatnonzero(share <= np.quantile(share, 1 / 3))
-    return Test(images, frozenset(rare.tolist()))
+def load_test(scenario: Scenario, seed: int, root: Path | None) -> TestData:
+    dataset, condition = DATASETS[scenario.dataset], CONDITIONS[scenario.condition]
+    if dataset.classification:
+        images = _official_split(dataset.source, scenario.init, root, test=True)
+        return TestData(images, frozenset())
+    if condition.imbalance == 1:
+        return TestData(_load_classes(dataset.source, root, test=True), frozenset())
+    pool = _load_classes(dataset.source, root, test=False)
+    images = select_classes(pool, index_in_alphabet(pool.names) % 5 == 2)
+    fraction = long_tail(images.names, pool.names, condition.imbalance, seed)
+    rare = np.flatnonzero(fraction <= np.quantile(fraction, 1 / 3))
+    return TestData(images, frozenset(rare.tolist()))
 
 
-# One function reads either the training classes or the test classes, never both into one object.
+# Reads either the training classes or the test classes, so that no object holds both.
 @lru_cache(maxsize=4)
-def _classes(source: str, root: Path, test: bool) -> Images:
-    data = datasets.load(source, root, image_size=0)
+def _load_classes(source: str, root: Path | None, test: bool) -> Images:
+    data = examples.load(source, root, image_size=0)
     return data.test if test else data.train
 
 
 @lru_cache(maxsize=4)
-def _official(source: str, start: str, root: Path, test: bool) -> Images:
-    """CIFAR-100 as the classification problem it was made for."""
-    halves = [_classes.__wrapped__(source, root, test=half) for half in (False, True)]
+def _official_split(source: str, init: str, root: Path | None, test: bool) -> Images:
+    """CIFAR-100's own training or test images, of all its classes or of half of them."""
+    halves = [_load_classes.__wrapped__(source, root, test=half) for half in (False, True)]
     sources = [half.source for half in halves]
     labels = halves[0].labels + [label + len(halves[0].names) for label in halves[1].labels]
     pixels = torch.cat([s for s in sources if isinstance(s, Tensor)])
     pooled = Images(pixels, labels, halves[0].names + halves[1].names, halves[0].size)
-    left = Counter(labels)
+    remaining = Counter(labels)
     chosen = []
     for index, label in enumerate(labels):
-        if (left[label] <= CIFAR_TEST_IMAGES) == test:
+        if (remaining[label] <= CIFAR_TEST_IMAGES) == test:
             chosen.append(index)
-        left[label] -= 1
-    every = np.ones(len(pooled.names), dtype=bool)
-    return of_classes(pooled.subset(chosen), half(every, start))
+        remaining[label] -= 1
+    all_classes = np.ones(len(pooled.names), dtype=bool)
+    return select_classes(pooled.subset(chosen), half_for(init, all_classes))
 
 
 def alphabet(name: str) -> str:
-    return name.rpartition("/")[0] or name  # classes without alphabets are their own
+    return name.rpartition("/")[0] or name  # a class without an alphabet is its own
 
 
-def places(names: Sequence[str]) -> np.ndarray:
-    """The place of each class in its alphabet, so that any choice of places is from all alphabets;
-    where there are none, its place in the list."""
-    groups = [name.rpartition("/")[0] for name in names]
+def index_in_alphabet(names: Sequence[str]) -> np.ndarray:
+    """(classes,) the index of each class in its alphabet, or in the list if there are none.
+
+    A choice of classes by this index takes some of every alphabet.
+    """
     seen: Counter[str] = Counter()
-    result = []
-    for group in groups:
-        result.append(seen[group])
+    indices = []
+    for name in names:
+        group = name.rpartition("/")[0]
+        indices.append(seen[group])
         seen[group] += 1
-    return np.array(result)
+    return np.array(indices)
 
 
-def half(kept: np.ndarray, start: str) -> np.ndarray:
-    """Of the classes that are kept (a bool a class), those that a start trains on."""
-    return kept if start == "scratch" else kept & (np.cumsum(kept) % 2 == (start == "finetune"))
+def half_for(init: str, mask: np.ndarray) -> np.ndarray:
+    """(classes,) bool: the classes of the mask that an initialization trains on.
+
+    From scratch all; otherwise every second one, alternately for pretraining and fine-tuning.
+    """
+    return mask if init == "scratch" else mask & (np.cumsum(mask) % 2 == (init == "finetune"))
 
 
-def of_classes(images: Images, chosen: np.ndarray) -> Images:
-    """The images of the chosen classes (a bool a class), labelled from 0."""
-    numbers = np.cumsum(chosen) - 1
-    kept = [i for i, label in enumerate(images.labels) if chosen[label]]
-    names = [name for name, is_chosen in zip(images.names, chosen, strict=True) if is_chosen]
-    part = images.subset(kept)
-    return replace(part, labels=[int(numbers[label]) for label in part.labels], names=names)
+def select_classes(images: Images, mask: np.ndarray) -> Images:
+    """The images of the classes in the mask, (classes,) bool, relabeled from 0."""
+    new_label = np.cumsum(mask) - 1
+    subset = images.subset([i for i, label in enumerate(images.labels) if mask[label]])
+    names = [name for name, selected in zip(images.names, mask, strict=True) if selected]
+    return replace(subset, labels=[int(new_label[label]) for label in subset.labels], names=names)
 
 
-def shares(names: Sequence[str], every: Sequence[str], imbalance: float, seed: int) -> np.ndarray:
-    """The share of each class's images that a long tail leaves: geometric over the alphabets, in
-    random order, from 1 to 1 / imbalance."""
-    alphabets = sorted({alphabet(name) for name in every})
+def long_tail(
+    names: Sequence[str], all_names: Sequence[str], imbalance: float, seed: int
+) -> np.ndarray:
+    """(classes,) the fraction of the images that each class keeps.
+
+    It falls geometrically over the alphabets, in random order, from 1 to 1 / imbalance.
+    """
+    alphabets = sorted({alphabet(name) for name in all_names})
     rank = np.random.default_rng(seed).permutation(len(alphabets))
-    share = dict(zip(alphabets, imbalance ** (-rank / (len(alphabets) - 1)), strict=True))
-    return np.array([share[alphabet(name)] for name in names])
+    fraction = dict(zip(alphabets, imbalance ** (-rank / (len(alphabets) - 1)), strict=True))
+    return np.array([fraction[alphabet(name)] for name in names])
 
 
-def impoverish(images: Images, how: Condition, seed: int) -> Images:
-    """Leave out, of each class, what is withheld or beyond the tail; at least one image stays."""
-    share = shares(images.names, images.names, how.imbalance, seed) * (1 - how.withheld)
+def subsample(images: Images, condition: Condition, seed: int) -> Images:
+    """Keep the fraction of each class that the condition leaves, at least one image."""
+    fraction = long_tail(images.names, images.names, condition.imbalance, seed)
+    fraction = fraction * (1 - condition.withheld)
     labels = np.array(images.labels)
     order = np.random.default_rng(seed).permutation(len(labels))
     kept: list[int] = []
     for label in range(len(images.names)):
         members = order[labels[order] == label]
-        kept += members[: max(1, math.ceil(len(members) * share[label] - 1e-9))].tolist()
+        kept += members[: max(1, math.ceil(len(members) * fraction[label] - 1e-9))].tolist()
     return images.subset(sorted(kept)) if len(kept) < len(images) else images
 
 
 # ---- Batches of images in memory.
 
 
-def normalized(pixels: Tensor) -> Tensor:
+def normalize_pixels(pixels: Tensor) -> Tensor:
+    """uint8 to float in [-1, 1]."""
     return pixels.float().div_(127.5).sub_(1).contiguous(memory_format=torch.channels_last)
 
 
 class Batches:
-    """Iterating it is one epoch: batches of images and labels, on the device."""
+    """An epoch of batches of images and labels, on the device."""
 
     def __init__(
-        self,
-        images: Images,
-        sizes: Sizes,
-        by_class: bool,  # or as the images come
-        steps: int,
-        device: torch.device,
+        self, images: Images, sizes: Sizes, balanced: bool, steps: int, device: torch.device
     ) -> None:
         assert isinstance(images.source, Tensor)
         self.pixels = images.source.to(device)
         self.labels = torch.tensor(images.labels, device=device)
-        self.flip, self.sizes, self.by_class, self.steps = images.flip, sizes, by_class, steps
-        self.leave_out(())
+        self.flip, self.sizes, self.balanced, self.steps = images.flip, sizes, balanced, steps
+        self.exclude(())
 
-    def leave_out(self, indices: Sequence[int]) -> None:
-        """From now on, draw none of these images, and all others."""
+    def exclude(self, indices: Sequence[int]) -> None:
+        """From now on, draw from all images but these."""
         kept = np.delete(np.arange(len(self.labels)), indices)
-        count = self.steps * self.sizes.batch
+        count = self.steps * self.sizes.batch_size
         labels = self.labels[kept].cpu()
         sampler = (
-            MPerClassSampler(labels, self.sizes.per_class, self.sizes.batch, count)
-            if self.by_class
+            MPerClassSampler(labels, self.sizes.samples_per_class, self.sizes.batch_size, count)
+            if self.balanced
             else RandomSampler(range(len(kept)), num_samples=count)
         )
         self.kept = torch.from_numpy(kept).to(self.pixels.device)
-        self.indices = BatchSampler(sampler, self.sizes.batch, drop_last=True)
+        self.indices = BatchSampler(sampler, self.sizes.batch_size, drop_last=True)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -190,7 +220,7 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for indices in self.indices:
             chosen = self.kept[indices]
-            batch = normalized(self.pixels[chosen])
+            batch = normalize_pixels(self.pixels[chosen])
             if self.flip:
                 mirrored = torch.rand(len(batch), device=batch.device) < 0.5
                 batch[mirrored] = batch[mirrored].flip(-1)

@@ -1,10 +1,10 @@
-#!/usr/bin/env python3
-"""How well `LabelNoiseDetector` finds wrong labels while a network is trained on them.
+"""Measure how well `LabelNoiseDetector` finds wrong labels while a network trains on them.
 
     python -m benchmarks.evidence.labels --jobs 2
 
-Networks are trained as for the tables, with the settings that the preset's trials chose, and looked
-at after each epoch. A run is one line in results/labels-PRESET.jsonl; stop at any time.
+Networks train as for the tables, with the hyperparameters that the preset's trials selected, and
+the detector is updated after each epoch. Each finished run is one line in
+results/labels-PRESET.jsonl. An interrupted command continues when it is started again.
 """
 
 from __future__ import annotations
@@ -12,109 +12,121 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import UserError
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 from pml_extras.functional import label_vote, pairwise_cosine
 from pml_extras.label_noise import LabelNoiseDetector
 
-from . import training
-from .data import ROOT, load_training
-from .plan import DATASETS, PRESETS, Cell, Preset, Setting
-from .records import Record, Results, appending, read
-from .run import RESULTS, Trained, Where, train, workers
+from . import metrics
+from .components import Hparams
+from .conditions import DATASETS, Experiment
+from .data import add_data_root, check_data_root, load_train
+from .examples import UserError
+from .execute import Runtime, TrainedModel, train
+from .presets import PRESETS, Preset
+from .records import RESULTS, Record, Results, appending, read, rounded
+from .sweep import workers
 
 CONDITIONS = ("clean", "noise10", "noise30", "noise50")
 METHOD = "ntxent"
 SEEDS = 5
-NEIGHBORS = 40  # as LabelNoiseDetector has it
+NUM_NEIGHBORS = 40  # the default of LabelNoiseDetector
 
 
-def measure(preset: Preset, cell: Cell, setting: Setting, seed: int, root: Path) -> Record:
-    """Train, look after each epoch, and compare what is distrusted with what is wrong."""
-    where = Where(root, cache=Path())  # from scratch there is nothing to keep
-    given = load_training(cell.dataset, cell.start, cell.condition, seed, root)
-    images, device = given.images, torch.device(where.device)
-    trust = LabelNoiseDetector(images.labels, num_neighbors=NEIGHBORS)
-    plain = torch.zeros(len(images))
+def measure(
+    preset: Preset, experiment: Experiment, hparams: Hparams, seed: int, data_root: Path | None
+) -> Record:
+    """Train, update the detector after each epoch, and compare the label issues with the truth."""
+    runtime = Runtime(data_root, cache=Path())  # training from scratch needs no cache
+    train_data = load_train(experiment.scenario, seed, data_root)
+    images, device = train_data.images, torch.device(runtime.device)
+    detector = LabelNoiseDetector(images.labels, num_neighbors=NUM_NEIGHBORS)
+    knn_scores = torch.zeros(len(images))
 
-    def look(epoch: int, loss: float | None, trained: Trained) -> None:
+    def update(epoch: int, loss: float | None, model: TrainedModel) -> None:
         if epoch > 0:
-            embeddings = training.embed(trained.network, images, device)
-            trust.update(embeddings)
-            plain.add_(share_of_nearest(embeddings, trust.labels))
+            embeddings = metrics.embed(model.network, images, device)
+            detector.update(embeddings)
+            knn_scores.add_(knn_label_agreement(embeddings, detector.labels))
 
-    network = train(preset, cell, setting, seed, given, where, look).network
-    last = label_vote(
-        training.embed(network, images, device), trust.labels, num_neighbors=NEIGHBORS
-    ).vote_lift
-    wrong = np.array(images.labels) != np.array(given.true_labels)
-    distrusted = (trust.scores < 1).numpy()
-    found: Record = {
-        **cell._asdict(),
+    network = train(preset, experiment, hparams, seed, train_data, runtime, update).network
+    embeddings = metrics.embed(network, images, device)
+    last_scores = label_vote(embeddings, detector.labels, num_neighbors=NUM_NEIGHBORS).vote_lift
+    wrong = np.array(images.labels) != np.array(train_data.true_labels)
+    flagged = (detector.scores < 1).numpy()
+    record: Record = {
+        **experiment._asdict(),
         "seed": seed,
-        "setting": setting,
-        "budget": preset.describe(),
+        "hparams": hparams,
+        "budget": preset.budget._asdict(),
         "wrong": float(wrong.mean()),
-        "distrusted": float(distrusted.mean()),
-        "mistrusted": float(distrusted[~wrong].mean()),  # though they are right
+        "flagged": float(flagged.mean()),
+        "false_positive_rate": float(flagged[~wrong].mean()),
     }
     if wrong.any():
-        found |= {
-            "precision": float(wrong[distrusted].mean()) if distrusted.any() else 0.0,
-            "recall": float(distrusted[wrong].mean()),
-            "average_precision": average_precision_score(wrong, -trust.scores.numpy()),
-            "last_look": average_precision_score(wrong, -last.numpy()),
-            "plain_neighbours": average_precision_score(wrong, -plain.numpy()),
+        record |= {
+            "precision": float(wrong[flagged].mean()) if flagged.any() else 0.0,
+            "recall": float(flagged[wrong].mean()),
+            "average_precision": average_precision_score(wrong, -detector.scores.numpy()),
+            "average_precision_last": average_precision_score(wrong, -last_scores.numpy()),
+            "average_precision_knn": average_precision_score(wrong, -knn_scores.numpy()),
         }
-    return {k: round(v, 5) if isinstance(v, float) else v for k, v in found.items()}
+    return rounded(record)
 
 
-def share_of_nearest(embeddings: Tensor, labels: Tensor) -> Tensor:
-    """The baseline: the fraction of the nearest neighbors with the same label."""
-    shares = []
+def knn_label_agreement(embeddings: Tensor, labels: Tensor) -> Tensor:
+    """The baseline: (N,) the fraction of the nearest neighbors with the same label."""
+    fractions = []
     for rows in torch.arange(len(labels)).split(512):
         similarities = pairwise_cosine(embeddings[rows], embeddings)
-        similarities[torch.arange(len(rows)), rows] = -2
-        nearest = similarities.topk(NEIGHBORS).indices
-        shares.append((labels[nearest] == labels[rows, None]).float().mean(1))
-    return torch.cat(shares)
+        similarities[torch.arange(len(rows)), rows] = -2  # exclude the sample itself
+        neighbors = similarities.topk(NUM_NEIGHBORS).indices
+        fractions.append((labels[neighbors] == labels[rows, None]).float().mean(1))
+    return torch.cat(fractions)
+
+
+def missing_runs(
+    results: Results, records: list[Record], folder: Path
+) -> Iterator[tuple[Experiment, Hparams, int]]:
+    """Experiment, selected hyperparameters and seed of each run that has no record."""
+    done = {(r["dataset"], r["condition"], r["seed"]) for r in records}
+    for dataset in dict.fromkeys(e.dataset for e in results.preset.experiments()):
+        if DATASETS[dataset].classification:
+            continue
+        for condition in CONDITIONS:
+            experiment = Experiment(dataset, "scratch", condition, METHOD)
+            hparams = results.selected(experiment)
+            if hparams is None:
+                print(f"{experiment} has no trials in {folder}", file=sys.stderr)
+                continue
+            for seed in range(SEEDS):
+                if (dataset, condition, seed) not in done:
+                    yield experiment, hparams, seed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="labels.py", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--preset", choices=PRESETS, default="small")
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--data-root", type=Path, default=ROOT)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--preset", choices=PRESETS, default="small", help="default: %(default)s")
+    parser.add_argument("--jobs", type=int, default=1, help="number of processes")
+    add_data_root(parser)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
     args = parser.parse_args(arguments)
     preset = PRESETS[args.preset]
-    results = Results(preset, read(args.results / f"{args.preset}.jsonl"))
     path = args.results / f"labels-{args.preset}.jsonl"
     try:
+        results = Results(preset, read(args.results / f"{args.preset}.jsonl"))
         with appending(path) as append, workers(args.jobs) as submit:
-            done = {(r["dataset"], r["condition"], r["seed"]) for r in read(path)}
-            running = []
-            for dataset in dict.fromkeys(cell.dataset for cell in preset.cells()):
-                if DATASETS[dataset].classification:
-                    continue
-                for condition in CONDITIONS:
-                    cell = Cell(dataset, "scratch", condition, METHOD)
-                    setting = results.selected(cell)
-                    if setting is None:
-                        print(f"{'/'.join(cell)} has no trials in {args.results}", file=sys.stderr)
-                        continue
-                    for seed in range(SEEDS):
-                        if (dataset, condition, seed) not in done:
-                            call = measure, preset, cell, setting, seed, args.data_root
-                            running.append(submit(*call))
-            for future in running:
+            runs = list(missing_runs(results, read(path), args.results))
+            check_data_root(args.data_root, (DATASETS[e.dataset].source for e, *_ in runs))
+            submitted = (submit(measure, preset, *run, args.data_root) for run in runs)
+            # With one process, a call runs when it is submitted.
+            for future in submitted if args.jobs == 1 else list(submitted):
                 record = future.result()
                 append(record)
                 print(json.dumps(record), flush=True)

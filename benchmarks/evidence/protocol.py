@@ -1,8 +1,7 @@
-"""The papers' own protocol: train on the first half of the classes of CUB, Cars196 or SOP, and
-retrieve among the images of the other half. Yours are the images and the backbone.
+"""The papers' own protocol: train on half of the classes of CUB, Cars196 or SOP, test on the rest.
 
-The split and the metrics are the field's. What the papers' optimizers and crops were is not all
-known to us: ours are here to be read.
+The user provides the images and the backbone. Split and metrics are those of the papers. Their
+optimizers and crops are not fully known, so those here are ours.
 """
 
 from __future__ import annotations
@@ -15,32 +14,33 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
-from datasets import Images, UserError
-from networks import build_trunk
 from PIL import Image
 from pytorch_metric_learning.samplers import MPerClassSampler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from . import training
-from .plan import METHODS, Setting, Sizes, assemble
+from . import examples, metrics, training
+from .components import Hparams, Sizes
+from .data import check_data_root
+from .examples import Images, UserError
+from .methods import METHODS
+from .metrics import MAP, P1
 from .records import Record, appending, read
 
 NAMES = ("cub", "cars196", "sop")
-MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])  # ImageNet's
+MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])  # of ImageNet
 
-# The authors' for the contextual loss; for CCL what re-implementations use. Learning rates are
-# ours.
-SETTINGS: dict[str, Setting] = {
+# For the contextual loss those of its authors, for CCL those of re-implementations. The learning
+# rates are ours.
+HPARAMS: dict[str, Hparams] = {
     "contextual": {"contextual_weight": 0.4, "neg_margin": 0.6, "slack": 0.05},
     "center_contrastive": {"scale": 16.0, "margin": 0.2, "center_weight": 1.5, "proxy_lr": 0.1},
 }
 
-# What others published, to stand beside a run of `--protocol`: R@1 in percent, by image size.
+# Published R@1 in percent: image size, value, source.
 PUBLISHED: dict[str, dict[str, list[tuple[int | None, float, str]]]] = {
     "center_contrastive": {
         "cub": [(None, 73.45, "2308.00458, ResNet-50")],
@@ -57,59 +57,65 @@ PUBLISHED: dict[str, dict[str, list[tuple[int | None, float, str]]]] = {
 
 def add_arguments(add: Callable[..., Any]) -> None:
     add("--backbone", metavar="MODULE:FUNCTION",
-        help="called without arguments, gives a network from (N, 3, size, size) to (N, features); "
-             "default: a small one")  # fmt: skip
-    add("--method", choices=METHODS, default="contextual", help="default: %(default)s")
-    add("--setting", type=json.loads, default={}, metavar="JSON",
-        help='of the method and "lr"; default: the published one')  # fmt: skip
+        help="called without arguments, returns a network from (N, 3, size, size) to "
+             "(N, features); default: a small one")  # fmt: skip
+    add("--method", choices=METHODS, default="contextual", metavar="NAME",
+        help="a method of methods.py; default: %(default)s")  # fmt: skip
+    add("--hparams", type=json.loads, default={}, metavar="JSON",
+        help='hyperparameters of the method and "lr"; default: the published ones')  # fmt: skip
     add("--image-size", type=int, default=256, help="default: %(default)s")
     add("--embedding-size", type=int, default=512, help="default: %(default)s")
     add("--batch-size", type=int, default=128, help="default: %(default)s")
     add("--epochs", type=int, default=60, help="default: %(default)s")
     add("--seeds", type=int, default=1, help="default: %(default)s")
-    add("--workers", type=int, default=4, help="processes that read images")
+    add("--workers", type=int, default=4, help="number of processes that read images")
 
 
-def run(args: argparse.Namespace, root: Path, results: Path) -> None:
-    device = torch.device(args.device)
-    data = datasets.load(args.protocol, root, args.image_size)
+def run(args: argparse.Namespace, results: Path) -> None:
+    check_data_root(args.data_root, [args.protocol])
+    data = examples.load(args.protocol, args.data_root, args.image_size)
     if args.batch_size > len(data.train):
         raise UserError(f"--batch-size: there are {len(data.train)} images to train on")
-    setting = {"lr": 1e-4, **SETTINGS.get(args.method, {}), **args.setting}
-    missing = METHODS[args.method].space.keys() - setting.keys()
+    hparams = {"lr": 1e-4, **HPARAMS.get(args.method, {}), **args.hparams}
+    missing = METHODS[args.method].space.keys() - hparams.keys()
     if missing:
-        raise UserError(f"--setting: {args.method} needs {', '.join(sorted(missing))} too")
-    what: Record = {
+        raise UserError(f"--hparams: {args.method} needs {', '.join(sorted(missing))} too")
+    options: Record = {
         "protocol": args.protocol,
         "method": args.method,
-        "setting": setting,
+        "hparams": hparams,
         "backbone": args.backbone or "small",
         **{name: getattr(args, name) for name in
            ("image_size", "embedding_size", "batch_size", "epochs")},
     }  # fmt: skip
     with appending(results) as append:
         for seed in range(args.seeds):
-            if any(r | what | {"seed": seed} == r for r in read(results)):
+            if any(r | options | {"seed": seed} == r for r in read(results)):
                 continue
             started = time.perf_counter()
-            training.seed_everything(seed)
-            network = build(args.backbone, args.image_size, args.embedding_size).to(device)
-            method = METHODS[args.method]
-            classes = len(data.train.names)
-            sizes = Sizes.of(method, classes, args.embedding_size, args.batch_size)
-            parts = assemble(method, setting, sizes, network, args.epochs)
-            parts.loss.to(device)
-            batches = Loader(Crops(data.train, at_random=True), sizes, args.workers, device)
-            cost = training.fit(network, parts, setting, batches, args.epochs)
-            crops = DataLoader(Crops(data.test, at_random=False), 256, num_workers=args.workers)
-            network.eval()
-            with torch.no_grad():
-                found = [network(images.to(device)) for images, _ in tqdm(crops, desc="testing")]
-            embeddings = nn.functional.normalize(torch.cat(found))
-            test = training.retrieval(embeddings, data.test.labels)
+            measured = train_and_test(args, hparams, data.train, data.test, seed)
             seconds = time.perf_counter() - started
-            append({**what, "seed": seed, **cost, "seconds": seconds, "test": test})
-    print("\n".join(rows([r for r in read(results) if r | what == r])))
+            append({**options, "seed": seed, **measured, "seconds": seconds})
+    print("\n".join(rows([r for r in read(results) if r | options == r])))
+
+
+def train_and_test(
+    args: argparse.Namespace, hparams: Hparams, train: Images, test: Images, seed: int
+) -> Record:
+    device, method = torch.device(args.device), METHODS[args.method]
+    training.seed_everything(seed)
+    network = build(args.backbone, args.image_size, args.embedding_size).to(device)
+    sizes = method.sizes(len(train.names), args.embedding_size, args.batch_size)
+    components = method.build(hparams, sizes, network, args.epochs)
+    components.loss.to(device)
+    batches = Loader(Crops(train, random=True), sizes, args.workers, device)
+    cost = training.fit(network, components, hparams, batches, args.epochs)
+    crops = DataLoader(Crops(test, random=False), 256, num_workers=args.workers)
+    network.eval()
+    with torch.no_grad():
+        outputs = [network(images.to(device)) for images, _ in tqdm(crops, desc="testing")]
+    embeddings = nn.functional.normalize(torch.cat(outputs))
+    return {**cost, "test": metrics.retrieval(embeddings, test.labels)}
 
 
 def build(backbone: str | None, image_size: int, embedding_size: int) -> nn.Module:
@@ -120,20 +126,24 @@ def build(backbone: str | None, image_size: int, embedding_size: int) -> nn.Modu
         except (ImportError, AttributeError, ValueError) as error:
             raise UserError(f"--backbone {backbone}: {error}") from error
     else:
-        trunk = build_trunk(3, image_size)
+        trunk = examples.build_trunk(3, image_size)
     with torch.no_grad():
         shape = trunk.eval()(torch.zeros(1, 3, image_size, image_size)).shape
     if len(shape) != 2:
-        raise UserError(f"--backbone {backbone}: wanted (N, features), got {tuple(shape)}")
+        raise UserError(
+            f"--backbone {backbone}: the output must be (N, features), got {tuple(shape)}"
+        )
     return nn.Sequential(trunk, nn.Linear(shape[1], embedding_size))
 
 
 class Crops(Dataset[tuple[Tensor, int]]):
-    """Square crops of image files, the shorter side scaled to 8/7 of the crop's: at random, half of
-    them mirrored, or the centre."""
+    """Square crops of image files, random and half of them mirrored, or the center.
 
-    def __init__(self, images: Images, at_random: bool) -> None:
-        self.images, self.at_random = images, at_random
+    The shorter side of an image is first scaled to 8/7 of the crop.
+    """
+
+    def __init__(self, images: Images, random: bool) -> None:
+        self.images, self.random = images, random
 
     def __len__(self) -> int:
         return len(self.images)
@@ -147,26 +157,29 @@ class Crops(Dataset[tuple[Tensor, int]]):
             raise UserError(f"cannot read the image {path}: {error}") from error
         scale = size * 8 / 7 / min(image.size)
         width, height = (max(size, round(side * scale)) for side in image.size)
-        share = torch.rand(3).tolist() if self.at_random else [0.5, 0.5, 1.0]
-        left, top = round(share[0] * (width - size)), round(share[1] * (height - size))
+        x, y, mirror = torch.rand(3).tolist() if self.random else (0.5, 0.5, 1.0)
+        left, top = round(x * (width - size)), round(y * (height - size))
         box = [edge / scale for edge in (left, top, left + size, top + size)]
         box = [*box[:2], min(box[2], image.width), min(box[3], image.height)]
         crop = image.resize((size, size), Image.Resampling.BILINEAR, box=tuple(box))
         pixels = (np.asarray(crop) / 255 - MEAN) / STD
-        if share[2] < 0.5:
+        if mirror < 0.5:
             pixels = pixels[:, ::-1]
         tensor = torch.from_numpy(pixels.astype(np.float32, order="C"))
         return tensor.permute(2, 0, 1), self.images.labels[index]
 
 
 class Loader:
-    """An epoch of batches, with a bar."""
+    """An epoch of balanced batches, with a progress bar."""
 
     def __init__(self, crops: Crops, sizes: Sizes, workers: int, device: torch.device) -> None:
-        per_epoch = len(crops) // sizes.batch * sizes.batch
-        sampler = MPerClassSampler(crops.images.labels, sizes.per_class, sizes.batch, per_epoch)
+        batch_size = sizes.batch_size
+        per_epoch = len(crops) // batch_size * batch_size
+        sampler = MPerClassSampler(
+            crops.images.labels, sizes.samples_per_class, batch_size, per_epoch
+        )
         self.loader = DataLoader(
-            crops, sizes.batch, sampler=sampler, num_workers=workers, drop_last=True
+            crops, batch_size, sampler=sampler, num_workers=workers, drop_last=True
         )
         self.device = device
 
@@ -179,7 +192,7 @@ class Loader:
 
 
 def rows(records: list[Record]) -> list[str]:
-    """The lines of a table: what was measured beside what was published."""
+    """The lines of a table of the measured and the published results."""
     lines = [
         "| dataset | method | backbone | pixels | R@1 | MAP@R | R@1 published |",
         "| --- | --- | --- | --: | --: | --: | --- |",
@@ -192,7 +205,7 @@ def rows(records: list[Record]) -> list[str]:
         )
         lines.append(
             f"| {r['protocol']} | {METHODS[r['method']].label} | {r['backbone']} |"
-            f" {r['image_size']} | {100 * r['test']['precision_at_1']:.1f} |"
-            f" {100 * r['test']['map_at_r']:.1f} | {others or '—'} |"
+            f" {r['image_size']} | {100 * r['test'][P1]:.1f} |"
+            f" {100 * r['test'][MAP]:.1f} | {others or '—'} |"
         )
     return lines

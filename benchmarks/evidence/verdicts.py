@@ -1,4 +1,4 @@
-"""Means, intervals, and what follows from them."""
+"""Means, confidence intervals, and the verdicts that follow from them."""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from .claims import Comparison, NotRunError
-from .plan import Cell
+from .comparisons import CURVE, Comparison, NotRunError
+from .conditions import Experiment
 from .records import Results
 
-HOLDS, NOT_HERE, CONTRARY, NOT_RUN = "holds", "does not hold here", "contrary", "not run"
+HOLDS, DOES_NOT_HOLD, CONTRADICTED = "holds", "does not hold here", "contradicted"
+NOT_RUN = "not run"
 
 
 class Interval(NamedTuple):
-    """A mean and the half-width of its 95% interval (Student's t); NaN for one value."""
+    """A mean and the half-width of its 95% interval (Student's t), which is NaN for one value."""
 
     mean: float
-    half: float
+    half_width: float
     count: int
 
     @property
     def low(self) -> float:
-        return self.mean - self.half
+        return self.mean - self.half_width
 
     @property
     def high(self) -> float:
-        return self.mean + self.half
+        return self.mean + self.half_width
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -40,11 +41,11 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(mean, float(stats.t.ppf(0.975, n - 1)) * error, n)
 
 
-def verdict(found: Interval, threshold: float = 0.0) -> str:
-    """Whether the whole interval lies above the threshold, or below it."""
-    if found.low > threshold:
+def verdict(difference: Interval, threshold: float = 0.0) -> str:
+    """Whether the whole interval is above the threshold, below it, or neither."""
+    if difference.low > threshold:
         return HOLDS
-    return CONTRARY if found.high < threshold else NOT_HERE
+    return CONTRADICTED if difference.high < threshold else DOES_NOT_HOLD
 
 
 class Judged(NamedTuple):
@@ -55,41 +56,46 @@ class Judged(NamedTuple):
 
 def judge(comparison: Comparison, results: Results) -> Judged:
     try:
-        found = interval(comparison.differences(Scored(results)))
+        difference = interval(comparison.differences(ScoresOf(results)))
     except NotRunError:
         return Judged(comparison, None, NOT_RUN)
-    return Judged(comparison, found, verdict(found, comparison.threshold))
+    return Judged(comparison, difference, verdict(difference, comparison.threshold))
 
 
 def overall(judged: Sequence[Judged]) -> str:
-    """Of a claim: it holds if all comparisons do, and is contrary if some are and none holds."""
-    run = {j.verdict for j in judged} - {NOT_RUN}
+    """The verdict on a claim, from the comparisons that were run.
+
+    It holds if all comparisons do. It is contradicted if some are contradicted and none holds.
+    """
+    verdicts = {j.verdict for j in judged}
+    run = verdicts - {NOT_RUN}
     if not run:
         return NOT_RUN
-    found = NOT_HERE
     if run == {HOLDS}:
         found = HOLDS
-    elif CONTRARY in run and HOLDS not in run:
-        found = CONTRARY
-    return found + (" so far" if NOT_RUN in {j.verdict for j in judged} else "")
+    elif CONTRADICTED in run and HOLDS not in run:
+        found = CONTRADICTED
+    else:
+        found = DOES_NOT_HOLD
+    return f"{found} so far" if NOT_RUN in verdicts else found
 
 
-class Scored:
-    """A cell's scores by seed, once all its seeds are run."""
+class ScoresOf:
+    """Test scores by seed. Raises NotRunError unless all seeds of the experiment were run."""
 
     def __init__(self, results: Results) -> None:
         self.results = results
 
-    def __call__(self, cell: Cell, metric: str) -> dict[int, Any]:
-        runs = self.results.tested(cell)
-        if len(runs) < self.results.preset.seeds:
-            raise NotRunError("/".join(cell))
-        if metric == "curve":
+    def __call__(self, experiment: Experiment, metric: str) -> dict[int, Any]:
+        if not self.results.is_complete(experiment):
+            raise NotRunError(str(experiment))
+        runs = self.results.tested(experiment)
+        if metric == CURVE:
             return {r["seed"]: curve(r, self.results.preset.budget.epochs) for r in runs}
         return {r["seed"]: r["test"][metric] for r in runs}
 
 
 def curve(run: dict[str, Any], epochs: int) -> list[float]:
-    """MAP@R on validation classes before the first and after each epoch; 0 after a divergence."""
+    """MAP@R on validation classes before training and after each epoch; 0 after a divergence."""
     values = [row["map_at_r"] for row in run["history"]]
     return values + [0.0] * (epochs + 1 - len(values))

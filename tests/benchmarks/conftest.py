@@ -1,4 +1,4 @@
-"""Neither the benchmarks nor the examples are in the package: they are found by the path."""
+"""The benchmarks and the examples are not in the package, so their folders are put on the path."""
 
 import sys
 from pathlib import Path
@@ -12,8 +12,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 @pytest.fixture(scope="session")
 def omniglot(tmp_path_factory):
-    """A made-up omniglot28.npz. Every pixel of an image is its class's number: 0-59 are six
-    alphabets of ten classes to train, 60-79 are two alphabets of ten unseen ones."""
+    """A synthetic omniglot28.npz of ten classes per alphabet: six alphabets to train, two unseen.
+
+    All pixels of an image are the number of its class: 0-59 to train, 60-79 unseen.
+    """
     folder = tmp_path_factory.mktemp("omniglot")
     y = np.repeat(np.arange(80), 20)
     x = np.broadcast_to(y[:, None, None], (len(y), 28, 28)).astype(np.uint8)
@@ -24,8 +26,10 @@ def omniglot(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def cifar100(tmp_path_factory):
-    """A made-up cifar100_subset.npz of eight classes, 10 training images and 100 test images each.
-    Test images are white."""
+    """A synthetic cifar100_subset.npz of eight classes with 10 training and 100 test images each.
+
+    The test images are white.
+    """
     folder = tmp_path_factory.mktemp("cifar100")
     classes = np.array([0, 1, 2, 3, 50, 51, 52, 53])
     train_y, test_y = np.repeat(classes, 10), np.repeat(classes, 100)

@@ -1,4 +1,4 @@
-"""The papers' own protocol, on a few images laid out as the authors lay out theirs."""
+"""The papers' own protocol, on a few images in the layout of each dataset."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def picture(path, label, size=(40, 30)):
 
 def cub(root):
     base, lines = root / "CUB_200_2011", []
-    for c in (1, 2, 50, 100, 101, 150, 200):  # the classes up to 100 are to train
+    for c in (1, 2, 50, 100, 101, 150, 200):  # classes 1 to 100 are to train
         for i in range(6):
             lines.append((c, f"{c:03}.Bird/{i}.jpg"))
             picture(base / "images" / lines[-1][1], c)
@@ -32,7 +32,7 @@ def cub(root):
 
 def cars196(root):
     (root / "names.csv").write_text("".join(f"Car {i}/x\n" for i in range(1, 197)))
-    # The authors' own parts, which the protocol pools: the classes up to 98 are to train.
+    # The protocol pools the authors' parts. Classes 1 to 98 are to train.
     for part, numbers in (("train", range(4)), ("test", range(4, 6))):
         rows = [(c, f"{c}_{i}.jpg") for c in (1, 2, 97, 98, 99, 196) for i in numbers]
         for c, name in rows:
@@ -58,7 +58,7 @@ SMALL += ["--workers", "0"]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_row_to_put_beside_the_published_one(name, tmp_path, capsys, monkeypatch):
+def test_a_run_prints_a_row_with_the_published_value(name, tmp_path, capsys, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / f"nets_of_{name}.py").write_text(
         "import torch\n"
@@ -76,14 +76,14 @@ def test_a_row_to_put_beside_the_published_one(name, tmp_path, capsys, monkeypat
     assert row.startswith(f"| {name} | CCL | nets_of_{name}:tiny | 16 | ")
     assert f"{published} (2308.00458, ResNet-50)" in row
     (line,) = records.read(results)
-    # The images of a class are alike, and those of two are not.
+    # All images of a class are equal, and those of two classes differ.
     assert line["test"]["precision_at_1"] == 1
-    assert run.main([*command, "--seeds", "2"]) == 0  # the first is there already
+    assert run.main([*command, "--seeds", "2"]) == 0  # the first seed is done
     assert [r["seed"] for r in records.read(results)] == [0, 1]
     assert "torchvision" not in sys.modules
 
 
-def test_what_can_go_wrong(tmp_path, capsys):
+def test_errors_name_the_problem(tmp_path, capsys):
     sop(tmp_path)
     command = ["--protocol", "sop", "--data-root", str(tmp_path), *SMALL]
     command += ["--results", str(tmp_path / "x.jsonl")]
@@ -95,14 +95,14 @@ def test_what_can_go_wrong(tmp_path, capsys):
     ):
         assert run.main([*command, *more]) == 2
         assert message in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"wanted \(N, features\), got \(1, 3, 16, 16\)"):
+    with pytest.raises(UserError, match=r"must be \(N, features\), got \(1, 3, 16, 16\)"):
         protocol.build("torch.nn:Identity", 16, 8)
 
 
 def test_published_numbers_are_of_declared_methods():
     assert protocol.PUBLISHED.keys() <= protocol.METHODS.keys()
-    for method, settings in protocol.SETTINGS.items():
-        assert protocol.METHODS[method].space.keys() <= settings.keys()
+    for method, hparams in protocol.HPARAMS.items():
+        assert protocol.METHODS[method].space.keys() <= hparams.keys()
     line = {"protocol": "cub", "method": "contextual", "backbone": "small", "image_size": 256}
     line["test"] = {"precision_at_1": 0.5, "map_at_r": 0.25}
     row = protocol.rows([line])[-1]
@@ -112,18 +112,18 @@ def test_published_numbers_are_of_declared_methods():
 def test_crops(tmp_path):
     gradient = np.broadcast_to(np.arange(64, dtype=np.uint8)[None, :, None] * 4, (32, 64, 3))
     Image.fromarray(np.ascontiguousarray(gradient)).save(tmp_path / "wide.png")
-    images = Images([tmp_path / "wide.png"], [7], ["class"], 28)  # scaled to 32 x 64: by nothing
-    centre, label = protocol.Crops(images, at_random=False)[0]
+    images = Images([tmp_path / "wide.png"], [7], ["class"], 28)  # scaled to 32 x 64, its size
+    center, label = protocol.Crops(images, random=False)[0]
     assert label == 7
-    assert centre.shape == (3, 28, 28)
-    pixels = centre[0] * protocol.STD[0] + protocol.MEAN[0]
+    assert center.shape == (3, 28, 28)
+    pixels = center[0] * protocol.STD[0] + protocol.MEAN[0]
     assert torch.allclose(pixels[0], torch.arange(18, 46) * 4 / 255, atol=1e-5)
     torch.manual_seed(0)
-    crops = [protocol.Crops(images, at_random=True)[0][0] for _ in range(40)]
+    crops = [protocol.Crops(images, random=True)[0][0] for _ in range(40)]
     steps = [float(crop[0, 0, 1] - crop[0, 0, 0]) for crop in crops]
     assert 8 < sum(step < 0 for step in steps) < 32  # about half are mirrored
     lefts = {round(float(min(crop[0, 0, 0], crop[0, 0, -1])), 3) for crop in crops}
     assert len(lefts) > 15
     broken = Images([tmp_path / "absent.png"], [0], ["class"], 28)
     with pytest.raises(UserError, match="cannot read the image"):
-        protocol.Crops(broken, at_random=False)[0]
+        protocol.Crops(broken, random=False)[0]

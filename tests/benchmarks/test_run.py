@@ -1,4 +1,4 @@
-"""The plan holds together, and a sweep survives every way of being stopped."""
+"""The declared experiments are consistent, and a sweep survives interruptions."""
 
 from __future__ import annotations
 
@@ -12,25 +12,33 @@ import pytest
 import torch
 from datasets import UserError
 
-from benchmarks.evidence import claims, plan, records, run
-from benchmarks.evidence.plan import METHODS, PRESETS, Block, Budget, Cell, Preset
+from benchmarks.evidence import execute, metrics, records, run, sweep, training
+from benchmarks.evidence.claims import claims
+from benchmarks.evidence.components import LR, Components, Sizes
+from benchmarks.evidence.conditions import Experiment
+from benchmarks.evidence.data import load_train
+from benchmarks.evidence.execute import Runtime
+from benchmarks.evidence.methods import METHODS
+from benchmarks.evidence.presets import PRESETS, Budget, Grid, Preset, merge_presets
+from benchmarks.evidence.records import Results
+from benchmarks.evidence.sweep import Job, plan_jobs
 
 TINY = Preset(
-    Budget(epochs=1, steps=2, batch_size=16, width=2, shrink=False, pretraining_epochs=1,
-           embedding_size=4),
+    Budget(epochs=1, steps_per_epoch=2, batch_size=16, width=2, pixel_unshuffle=False,
+           pretraining_epochs=1, embedding_size=4),
     trials=2,
     seeds=2,
-    blocks={"clean": Block(("digits",), ("finetune",), ("clean",), ("contrastive", "arcface"))},
+    grids={"clean": Grid(("digits",), ("finetune",), ("clean",), ("contrastive", "arcface"))},
 )  # fmt: skip
 TIMES = ("seconds", "seconds_per_step", "peak_mib", "threads")
 
 
-def sweep(preset, path, processes=1):
-    """As main does it."""
-    where = run.Where(path.parent, path.parent / "cache")
+def run_sweep(preset, path, processes=1):
+    """Like run.main."""
+    runtime = Runtime(path.parent, path.parent / "cache")
     with records.appending(path) as append:
-        results = run.Results(preset, records.read(path))
-        failures = run.sweep(run.planned(preset, []), results, where, append, processes)
+        results = Results(preset, records.read(path))
+        failures = sweep.sweep(plan_jobs(preset, []), results, runtime, append, processes)
     assert failures == []
     return results
 
@@ -41,38 +49,39 @@ def without_times(path):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def complete(tmp_path_factory):
+    """The result lines of a complete sweep."""
     torch.set_num_threads(1)
-    path = tmp_path_factory.mktemp("whole") / "tiny.jsonl"
-    sweep(TINY, path)
+    path = tmp_path_factory.mktemp("complete") / "tiny.jsonl"
+    run_sweep(TINY, path)
     return path
 
 
-# ---- The plan.
+# ---- The declared experiments.
 
 
-@pytest.mark.filterwarnings("ignore:num_neighbors")  # which "contextual_k" is about
+@pytest.mark.filterwarnings("ignore:num_neighbors")  # "contextual_k" varies it
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_takes_a_step(name):
     method = METHODS[name]
     torch.manual_seed(0)
     network = torch.nn.Linear(6, 8)
-    sizes = plan.Sizes.of(method, 16, 8, 64)
-    labels = torch.arange(sizes.batch) // sizes.per_class
+    sizes = method.sizes(16, 8, 64)
+    labels = torch.arange(sizes.batch_size) // sizes.samples_per_class
     before, means = network.weight.clone(), torch.randn(16, 6)
     for trial in range(2):
-        setting = method.draw(trial)
-        for key, distribution in (plan.LR | method.space).items():
-            assert distribution._contains(distribution.to_internal_repr(setting[key]))
-        parts = plan.assemble(method, setting, sizes, network, 2)
-        batches = [(means[labels] + 0.5 * torch.randn(sizes.batch, 6), labels)] * 2
-        cost = run.training.fit(network, parts, setting, batches, 2)
+        hparams = method.draw(trial)
+        for key, distribution in (LR | method.space).items():
+            assert distribution._contains(distribution.to_internal_repr(hparams[key]))
+        components = method.build(hparams, sizes, network, 2)
+        batches = [(means[labels] + 0.5 * torch.randn(sizes.batch_size, 6), labels)] * 2
+        cost = training.fit(network, components, hparams, batches, 2)
         assert cost["seconds_per_step"] > 0
     assert torch.isfinite(network.weight).all()
     assert not torch.equal(network.weight, before)
 
 
-def test_draws_repeat_and_begin_alike_with_and_without_an_addition():
+def test_draws_repeat_and_agree_with_and_without_an_addition():
     for trial in range(5):
         draw = METHODS["triplet"].draw(trial)
         assert draw == METHODS["triplet"].draw(trial) != METHODS["triplet"].draw(trial + 1)
@@ -81,53 +90,53 @@ def test_draws_repeat_and_begin_alike_with_and_without_an_addition():
     assert len({METHODS["triplet"].draw(trial)["lr"] for trial in range(20)}) == 20
 
 
-def test_names_are_told_apart():
+def test_labels_are_unique():
     labels = [method.label for method in METHODS.values()]
     assert len(set(labels)) == len(labels)
 
 
 @pytest.mark.parametrize("name", ["small", "full"])
-def test_the_plan_has_runs_for_every_comparison(name):
-    _, preset = plan.whole(name)
-    cells = set(preset.cells())
-    asked = set()
+def test_presets_have_the_runs_of_every_comparison(name):
+    _, preset = merge_presets(name)
+    experiments = set(preset.experiments())
+    used = set()
 
-    def scores(cell, metric):
-        asked.add((cell, metric))
+    def scores(experiment, metric):
+        used.add((experiment, metric))
         curve = [0.1] * (preset.budget.epochs + 1)
         return dict.fromkeys(range(preset.seeds), curve if metric == "curve" else 0.5)
 
-    found = claims.claims(preset)
+    found = claims(preset)
     assert len(found) >= 8
     for comparison in (c for claim in found for c in claim.comparisons):
         assert len(comparison.differences(scores)) == preset.seeds
-    assert {cell for cell, _ in asked} <= cells
-    for cell, metric in asked:
-        assert metric != plan.RERANKED or cell.reranked
+    assert {experiment for experiment, _ in used} <= experiments
+    for experiment, metric in used:
+        assert metric != metrics.RERANKED or experiment.is_reranked
     assert preset.seeds >= 5
-    assert {run.Job(cell.tuned, trial=0) for cell in cells} <= set(run.planned(preset, []))
+    assert {Job(e.tuned_as, trial=0) for e in experiments} <= set(plan_jobs(preset, []))
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_of_one_budget_share_a_file_and_a_page(name):
-    first, every = plan.whole(name)
-    assert name.startswith(first)  # by its name one can tell
-    alike = [preset for n, preset in PRESETS.items() if n.startswith(first)]
-    assert {(p.budget, p.trials, p.seeds) for p in alike} == {
-        (every.budget, every.trials, every.seeds)
+    first, merged = merge_presets(name)
+    assert name.startswith(first)
+    same_budget = [preset for n, preset in PRESETS.items() if n.startswith(first)]
+    assert {(p.budget, p.trials, p.seeds) for p in same_budget} == {
+        (merged.budget, merged.trials, merged.seeds)
     }
-    assert len(every.blocks) == sum(len(preset.blocks) for preset in alike)
-    assert set(every.cells()) == {cell for preset in alike for cell in preset.cells()}
+    assert len(merged.grids) == sum(len(preset.grids) for preset in same_budget)
+    assert set(merged.experiments()) == {e for preset in same_budget for e in preset.experiments()}
 
 
-def test_a_warm_up_moves_the_weight_from_one_term_to_the_other():
+def test_the_warm_up_shifts_weight_to_the_contextual_term():
     method = METHODS["contextual_warmup"]
-    setting = method.draw(0) | {"warmup": 0.5, "contextual_weight": 0.6}
-    parts = method.build(setting, plan.Sizes(4, 8, 4, 16))
+    hparams = method.draw(0) | {"warmup": 0.5, "contextual_weight": 0.6}
+    components = method.build(hparams, Sizes(4, 8, 4, 16), torch.nn.Linear(2, 8), 1)
     for progress, weight in ((0, 0), (0.25, 0.3), (0.5, 0.6), (1, 0.6)):
-        parts.schedule(progress)
-        assert parts.loss.contextual_weight == pytest.approx(weight)
-        assert parts.loss.contrastive_weight == pytest.approx(0.9 - weight)
+        components.schedule(progress)
+        assert components.loss.contextual_weight == pytest.approx(weight)
+        assert components.loss.contrastive_weight == pytest.approx(0.9 - weight)
 
 
 def test_a_late_miner_starts_late():
@@ -146,17 +155,17 @@ def test_a_late_miner_starts_late():
                 yield batch
 
     network = torch.nn.Linear(2, 2)
-    loss = METHODS["triplet"].build({"margin": 0.1}, None).loss
-    parts = plan.Parts(loss, Miner(), miner_starts=0.5)
+    loss = METHODS["triplet"].build_loss({"margin": 0.1}, None)
+    components = Components(loss, Miner(), miner_start=0.5)
     batches = Batches([(torch.randn(4, 2), torch.tensor([0, 0, 1, 1]))] * 4)
-    run.training.fit(network, parts, {"lr": 0.1}, batches, 2)
+    training.fit(network, components, {"lr": 0.1}, batches, 2)
     assert calls == [4, 5, 6, 7]
 
 
 # ---- Records.
 
 
-def test_a_torn_last_line_is_no_line(tmp_path):
+def test_an_incomplete_last_line_is_ignored(tmp_path):
     path = tmp_path / "lines.jsonl"
     path.write_bytes(b'{"a": 1}\n{"a": 2}\n{"a": 3')
     assert records.read(path) == [{"a": 1}, {"a": 2}]
@@ -171,153 +180,160 @@ def test_a_torn_last_line_is_no_line(tmp_path):
     assert records.read(tmp_path / "absent.jsonl") == []
 
 
-def test_only_what_the_plan_asks_for_counts(whole):
-    lines = records.read(whole)
-    results = run.Results(TINY, lines)
-    cell = Cell("digits", "finetune", "clean", "contrastive")
-    assert [r["seed"] for r in results.tested(cell)] == [0, 1]
-    best = max((r for r in results.trials[cell].values()), key=lambda r: r["validation"])
-    assert results.selected(cell) == best["setting"]
-    for spoil in (
-        {"setting": {"lr": 1.0}},  # the search space was another
-        {"budget": {**TINY.describe(), "epochs": 7}},
+def test_only_records_that_match_the_preset_count(complete):
+    lines = records.read(complete)
+    results = Results(TINY, lines)
+    experiment = Experiment("digits", "finetune", "clean", "contrastive")
+    assert [r["seed"] for r in results.tested(experiment)] == [0, 1]
+    best = max((r for r in results.trials[experiment].values()), key=lambda r: r["validation"])
+    assert results.selected(experiment) == best["hparams"]
+    for change in (
+        {"hparams": {"lr": 1.0}},  # another search space
+        {"budget": {**TINY.budget._asdict(), "epochs": 7}},
         {"method": "no longer declared"},
     ):
-        others = run.Results(TINY, [line | spoil for line in lines])
-        assert others.selected(cell) is None
-        assert others.tested(cell) == []
-    # One trial that turns out otherwise may choose another setting, and the tests go by it.
-    loser = next(r for r in lines if r.get("trial") is not None and r["method"] == cell.method
-                 and r["setting"] != best["setting"])  # fmt: skip
-    turned = run.Results(TINY, [*lines, loser | {"validation": 2.0}])
-    assert turned.selected(cell) == loser["setting"]
-    assert turned.tested(cell) == []
+        others = Results(TINY, [line | change for line in lines])
+        assert others.selected(experiment) is None
+        assert others.tested(experiment) == []
+    # Another result of a trial may select other hyperparameters, and then the tests do not count.
+    loser = next(r for r in lines if r.get("trial") is not None and r["method"] == experiment.method
+                 and r["hparams"] != best["hparams"])  # fmt: skip
+    changed = Results(TINY, [*lines, loser | {"validation": 2.0}])
+    assert changed.selected(experiment) == loser["hparams"]
+    assert changed.tested(experiment) == []
 
 
-def test_a_trial_has_no_test_in_it(whole):
-    for record in records.read(whole):
+def test_a_trial_has_no_test_result(complete):
+    for record in records.read(complete):
         assert ("test" in record) == ("seed" in record) != ("trial" in record)
 
 
 # ---- Sweeps.
 
 
-def test_a_sweep_that_is_done_does_nothing(whole):
-    before = whole.read_bytes()
-    sweep(TINY, whole)
-    assert whole.read_bytes() == before
+def test_a_complete_sweep_does_nothing(complete):
+    before = complete.read_bytes()
+    run_sweep(TINY, complete)
+    assert complete.read_bytes() == before
 
 
-def test_two_processes_find_what_one_finds(whole, tmp_path):
-    sweep(TINY, tmp_path / "tiny.jsonl", processes=2)
-    assert without_times(tmp_path / "tiny.jsonl") == without_times(whole)
+def test_two_processes_give_the_results_of_one(complete, tmp_path):
+    run_sweep(TINY, tmp_path / "tiny.jsonl", processes=2)
+    assert without_times(tmp_path / "tiny.jsonl") == without_times(complete)
 
 
-def test_killed_sweeps_go_on(whole, tmp_path):
+def test_killed_sweeps_continue(complete, tmp_path):
     path = tmp_path / "tiny.jsonl"
     fork = multiprocessing.get_context("fork")
-    wanted = len(records.read(whole))
+    total = len(records.read(complete))
     for kill in range(3):
-        attempt = fork.Process(target=sweep, args=(TINY, path))
+        attempt = fork.Process(target=run_sweep, args=(TINY, path))
         attempt.start()
         while attempt.is_alive() and len(records.read(path)) <= 2 * kill:
             time.sleep(0.01)
         os.kill(attempt.pid, signal.SIGKILL)
         attempt.join()
-        with open(path, "ab") as file:  # as if it had been writing
+        with open(path, "ab") as file:  # an incomplete line
             file.write(b'{"dataset": "dig')
     done = records.read(path)
-    assert 3 <= len(done) < wanted
-    sweep(TINY, path)
+    assert 3 <= len(done) < total
+    run_sweep(TINY, path)
     assert records.read(path)[: len(done)] == done
-    assert without_times(path) == without_times(whole)
+    assert without_times(path) == without_times(complete)
 
 
-def test_time_runs_out(tmp_path):
-    results = run.Results(TINY, [])
-    where, found = run.Where(tmp_path, tmp_path), []
-    run.sweep(run.planned(TINY, []), results, where, found.append, seconds=0.0)
+def test_no_run_starts_after_the_time_budget(tmp_path):
+    results = Results(TINY, [])
+    runtime, found = Runtime(tmp_path, tmp_path), []
+    sweep.sweep(plan_jobs(TINY, []), results, runtime, found.append, seconds=0.0)
     assert found == []
 
 
-def test_a_failure_is_told_and_the_rest_goes_on(tmp_path, monkeypatch):
-    def fail(preset, cell, setting, trial, where):
-        if cell.method == "arcface":
+def test_a_failure_is_reported_and_the_rest_continues(tmp_path, monkeypatch):
+    def fail(preset, experiment, *arguments):
+        if experiment.method == "arcface":
             raise RuntimeError("out of memory")
-        return run_trial(preset, cell, setting, trial, where)
+        return run_trial(preset, experiment, *arguments)
 
-    run_trial = run.run_trial
-    monkeypatch.setattr(run, "run_trial", fail)
-    results = run.Results(TINY, [])
-    where = run.Where(tmp_path, tmp_path)
-    failures = run.sweep(run.planned(TINY, []), results, where, lambda record: None)
+    run_trial = execute.run_trial
+    monkeypatch.setattr(execute, "run_trial", fail)
+    results = Results(TINY, [])
+    runtime = Runtime(tmp_path, tmp_path)
+    failures = sweep.sweep(plan_jobs(TINY, []), results, runtime, lambda record: None)
     assert len(failures) == TINY.trials
     assert "out of memory" in failures[0]
-    assert len(results.tested(Cell("digits", "finetune", "clean", "contrastive"))) == TINY.seeds
+    assert results.is_complete(Experiment("digits", "finetune", "clean", "contrastive"))
 
 
-def test_a_diverging_setting_loses(tmp_path):
-    cell = Cell("digits", "scratch", "clean", "contrastive")
-    setting = METHODS["contrastive"].draw(0) | {"lr": 1e30}
-    where = run.Where(tmp_path, tmp_path)
-    found = run.run_trial(TINY, cell, setting, 0, where)
+def test_a_diverging_trial_scores_zero(tmp_path):
+    experiment = Experiment("digits", "scratch", "clean", "contrastive")
+    hparams = METHODS["contrastive"].draw(0) | {"lr": 1e30}
+    runtime = Runtime(tmp_path, tmp_path)
+    found = execute.run_trial(TINY, experiment, hparams, 0, runtime)
     assert found["validation"] == 0
     assert "diverged" in found
-    tested = run.run_test(TINY, cell, setting, 0, where)
+    tested = execute.run_test(TINY, experiment, hparams, 0, runtime)
     assert tested["test"]["map_at_r"] < 0.5
 
 
 def test_the_command_line(tmp_path, capsys):
-    where = ["--results", str(tmp_path / "x.jsonl"), "--cache", str(tmp_path)]
-    assert run.main(["--preset", "smoke", *where, "--list"]) == 0
+    paths = ["--results", str(tmp_path / "x.jsonl"), "--cache", str(tmp_path)]
+    assert run.main(["--preset", "smoke", *paths, "--list"]) == 0
     assert "0 of    16" in capsys.readouterr().out
-    assert run.main(["--preset", "smoke", *where, "--only", "nothing"]) == 2
-    assert "no block nothing" in capsys.readouterr().err
+    assert run.main(["--preset", "smoke", *paths, "--only", "nothing"]) == 2
+    assert "no grid nothing" in capsys.readouterr().err
     pattern = ["--only", "digits/scratch/clean/contrastive", "--budget-minutes", "0"]
-    assert run.main(["--preset", "smoke", *where, *pattern]) == 0
+    assert run.main(["--preset", "smoke", *paths, *pattern]) == 0
     assert "0 of 4 runs" in capsys.readouterr().out
-    missing = ["--data-root", str(tmp_path / "none"), "--only", "omniglot/scratch/clean/triplet"]
-    assert run.main(["--preset", "small", *where, *missing]) == 1  # said for each run
+    only = ["--only", "omniglot/scratch/clean/triplet"]
+    missing = ["--data-root", str(tmp_path / "none")]
+    assert run.main(["--preset", "small", *paths, *only, *missing]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "no directory" in error
+    assert "--data-root DIR or set PML_EXTRAS_DATA" in error
+    empty = ["--data-root", str(tmp_path)]
+    assert run.main(["--preset", "small", *paths, *only, *empty]) == 1  # each run fails
 
 
-def test_a_run_without_re_ranking_is_run_again_once_that_is_asked_for():
+def test_a_test_without_reranking_does_not_count_if_it_is_measured_now():
     preset = PRESETS["small"]
-    cell = Cell("omniglot", "scratch", "clean", "contextual")
-    assert cell.reranked
-    line = {**cell._asdict(), "budget": preset.describe()}
+    experiment = Experiment("omniglot", "scratch", "clean", "contextual")
+    assert experiment.is_reranked
+    line = {**experiment._asdict(), "budget": preset.budget._asdict()}
     trials = [
-        line | {"trial": n, "setting": METHODS["contextual"].draw(n), "validation": -n}
+        line | {"trial": n, "hparams": METHODS["contextual"].draw(n), "validation": -n}
         for n in range(preset.trials)
     ]
-    test = line | {"seed": 0, "setting": trials[0]["setting"], "test": {plan.MAP: 0.5}}
-    job = run.Job(cell, seed=0)
-    assert not run.is_done(job, run.Results(preset, [*trials, test]))
-    test["test"][plan.RERANKED] = 0.5
-    assert run.is_done(job, run.Results(preset, [*trials, test]))
+    test = line | {"seed": 0, "hparams": trials[0]["hparams"], "test": {metrics.MAP: 0.5}}
+    job = Job(experiment, seed=0)
+    assert not job.is_done(Results(preset, [*trials, test]))
+    test["test"][metrics.RERANKED] = 0.5
+    assert job.is_done(Results(preset, [*trials, test]))
 
 
-def test_cleaning_leaves_out_what_is_distrusted(tmp_path, monkeypatch):
-    """From the epoch after the look on, and for good only as long as it is distrusted."""
-    left_out, looks = [], []
+def test_label_filtering_excludes_the_label_issues(tmp_path, monkeypatch):
+    """From the epoch after the update, and only while they are flagged."""
+    excluded, updates = [], []
 
-    class Batches(run.Batches):
-        def leave_out(self, indices):
-            left_out.append(list(indices))
-            super().leave_out(indices)
+    class Batches(execute.Batches):
+        def exclude(self, indices):
+            excluded.append(list(indices))
+            super().exclude(indices)
 
-    class Trust(run.LabelNoiseDetector):
+    class Detector(execute.LabelNoiseDetector):
         def find_label_issues(self):
-            looks.append(int(self.num_updates))
+            updates.append(int(self.num_updates))
             return torch.tensor([int(self.num_updates)])
 
-    monkeypatch.setattr(run, "Batches", Batches)
-    monkeypatch.setattr(run, "LabelNoiseDetector", Trust)
-    preset = PRESETS["smoke"]
-    given = run.load_training("digits", "scratch", "clean", 0, tmp_path)
-    where = run.Where(tmp_path, tmp_path)
-    for method, expected in {"supcon_cleaned": [[], [1]], "supcon": [[]]}.items():
-        left_out.clear()
-        cell = Cell("digits", "scratch", "clean", method)
-        run.train(preset, cell, METHODS[method].draw(0), 0, given, where)
-        assert left_out == expected
-    assert looks == [1]  # after the last of two epochs there is nothing to leave out of
+    monkeypatch.setattr(execute, "Batches", Batches)
+    monkeypatch.setattr(execute, "LabelNoiseDetector", Detector)
+    preset, runtime = PRESETS["smoke"], Runtime(None, tmp_path)
+    for method, expected in {"supcon_label_filtered": [[], [1]], "supcon": [[]]}.items():
+        excluded.clear()
+        experiment = Experiment("digits", "scratch", "clean", method)
+        train_data = load_train(experiment.scenario, 0, None)
+        hparams = METHODS[method].draw(0)
+        execute.train(preset, experiment, hparams, 0, train_data, runtime)
+        assert excluded == expected
+    assert updates == [1]  # none after the last of two epochs

@@ -1,4 +1,4 @@
-"""Intervals against scipy, and the comparisons on values small enough to work out by hand."""
+"""Intervals against scipy, and comparisons against values computed by hand."""
 
 from __future__ import annotations
 
@@ -9,26 +9,34 @@ import pytest
 from scipy import stats
 
 from benchmarks.evidence import verdicts
-from benchmarks.evidence.claims import (
+from benchmarks.evidence.comparisons import (
     Comparison,
     NotRunError,
-    above_best,
+    difference_to,
+    difference_to_best,
     epochs_to,
-    grows,
-    in_half_the_epochs,
-    with_and_without,
+    half_epochs_margin,
+    margin_growth,
 )
-from benchmarks.evidence.plan import MAP, Cell
-from benchmarks.evidence.verdicts import CONTRARY, HOLDS, NOT_HERE, NOT_RUN, Interval, interval
+from benchmarks.evidence.conditions import Experiment
+from benchmarks.evidence.metrics import MAP
+from benchmarks.evidence.verdicts import (
+    CONTRADICTED,
+    DOES_NOT_HOLD,
+    HOLDS,
+    NOT_RUN,
+    Interval,
+    interval,
+)
 
-CELL = Cell("omniglot", "scratch", "clean", "ours")
+EXPERIMENT = Experiment("omniglot", "scratch", "clean", "ours")
 
 
 def scores(**by_method):
-    """Scores of methods by seed; of `name_noise` under noise."""
+    """Scores of methods by seed. `name_noise` holds those under noise."""
 
-    def look_up(cell, metric):
-        name = cell.method + ("" if cell.condition == "clean" else "_noise")
+    def look_up(experiment, metric):
+        name = experiment.method + ("" if experiment.condition == "clean" else "_noise")
         if name not in by_method:
             raise NotRunError(name)
         return dict(enumerate(by_method[name]))
@@ -36,12 +44,12 @@ def scores(**by_method):
     return look_up
 
 
-def test_an_interval_by_hand():
+def test_interval_by_hand():
     found = interval([1.0, 2.0, 3.0, 4.0, 5.0])
     # s = sqrt(2.5), t(0.975, 4) = 2.776445
     assert found.mean == 3
-    assert found.half == pytest.approx(2.776445 * math.sqrt(2.5 / 5), rel=1e-6)
-    assert math.isnan(interval([1.0]).half)
+    assert found.half_width == pytest.approx(2.776445 * math.sqrt(2.5 / 5), rel=1e-6)
+    assert math.isnan(interval([1.0]).half_width)
 
 
 def test_intervals_agree_with_scipy():
@@ -54,29 +62,29 @@ def test_intervals_agree_with_scipy():
 
 
 @pytest.mark.parametrize(
-    ("mean", "half", "threshold", "expected"),
+    ("mean", "half_width", "threshold", "expected"),
     [
         (2, 1, 0, HOLDS),
-        (2, 3, 0, NOT_HERE),
-        (-2, 1, 0, CONTRARY),
+        (2, 3, 0, DOES_NOT_HOLD),
+        (-2, 1, 0, CONTRADICTED),
         (-0.2, 0.1, -0.5, HOLDS),
-        (0, 0, 0, NOT_HERE),
-        (2, math.nan, 0, NOT_HERE),  # one seed tells nothing
+        (0, 0, 0, DOES_NOT_HOLD),
+        (2, math.nan, 0, DOES_NOT_HOLD),  # one seed shows nothing
     ],
 )
-def test_verdicts(mean, half, threshold, expected):
-    assert verdicts.verdict(Interval(mean, half, 5), threshold) == expected
+def test_verdicts(mean, half_width, threshold, expected):
+    assert verdicts.verdict(Interval(mean, half_width, 5), threshold) == expected
 
 
-def test_the_best_is_the_one_with_the_highest_mean():
-    found = above_best(CELL, ("weak", "strong"), MAP)(
+def test_the_best_method_has_the_highest_mean():
+    found = difference_to_best(EXPERIMENT, ("weak", "strong"), MAP)(
         scores(ours=[0.5, 0.6], weak=[0.1, 0.9], strong=[0.5, 0.7])
     )
     assert found == pytest.approx([0.0, -0.1])
 
 
-def test_growth_is_of_the_margin_over_the_best_of_each_condition():
-    found = grows(CELL._replace(condition="noise30"), ("a", "b"))(
+def test_margin_growth_uses_the_best_method_of_each_condition():
+    found = margin_growth(EXPERIMENT._replace(condition="noise30"), ("a", "b"))(
         scores(
             ours=[0.5, 0.5],
             a=[0.6, 0.5],
@@ -89,22 +97,22 @@ def test_growth_is_of_the_margin_over_the_best_of_each_condition():
     assert found == pytest.approx([0.2 + 0.1, 0.1 + 0.0])
 
 
-def test_half_the_epochs():
+def test_half_epochs_margin():
     curves = scores(
         ours=[[0, 5, 9], [0, 1, 2]],  # reaches 4 after one epoch; never
-        rival=[[0, 3, 4], [0, 4, 4]],  # reaches its own last value after two; after one
+        rival=[[0, 3, 4], [0, 4, 4]],  # reaches its final value after two epochs; after one
     )
     means = scores(ours=[9, 2], rival=[4, 4])
-    found = in_half_the_epochs(CELL, ("rival",))(
-        lambda cell, metric: (curves if metric == "curve" else means)(cell, metric)
+    found = half_epochs_margin(EXPERIMENT, ("rival",))(
+        lambda e, metric: (curves if metric == "curve" else means)(e, metric)
     )
     assert found == [2 / 2 - 1, 1 / 2 - 3]
     assert epochs_to([0.1, 0.3, 0.2], 0.25) == 1
 
 
-def test_a_missing_run_is_no_difference():
+def test_a_missing_run_gives_no_difference():
     with pytest.raises(NotRunError):
-        with_and_without(CELL, "absent", MAP)(scores(ours=[1.0]))
+        difference_to(EXPERIMENT, "absent", MAP)(scores(ours=[1.0]))
 
 
 @pytest.mark.parametrize(
@@ -112,15 +120,15 @@ def test_a_missing_run_is_no_difference():
     [
         ([HOLDS, HOLDS], HOLDS),
         ([HOLDS, NOT_RUN], f"{HOLDS} so far"),
-        ([HOLDS, CONTRARY], NOT_HERE),
-        ([NOT_HERE, HOLDS], NOT_HERE),
-        ([NOT_HERE, CONTRARY], CONTRARY),
-        ([NOT_HERE, NOT_HERE], NOT_HERE),
+        ([HOLDS, CONTRADICTED], DOES_NOT_HOLD),
+        ([DOES_NOT_HOLD, HOLDS], DOES_NOT_HOLD),
+        ([DOES_NOT_HOLD, CONTRADICTED], CONTRADICTED),
+        ([DOES_NOT_HOLD, DOES_NOT_HOLD], DOES_NOT_HOLD),
         ([NOT_RUN, NOT_RUN], NOT_RUN),
     ],
 )
-def test_a_claim_from_its_comparisons(kinds, expected):
-    values = {HOLDS: [1.0, 1.1], CONTRARY: [-1.0, -1.1], NOT_HERE: [-1.0, 1.0]}
+def test_the_verdict_on_a_claim(kinds, expected):
+    values = {HOLDS: [1.0, 1.1], CONTRADICTED: [-1.0, -1.1], DOES_NOT_HOLD: [-1.0, 1.0]}
 
     def differences(kind):
         def give(scores):
@@ -130,11 +138,13 @@ def test_a_claim_from_its_comparisons(kinds, expected):
 
         return give
 
-    judged = [verdicts.judge(Comparison(CELL, "", differences(k)), results=None) for k in kinds]
+    judged = [
+        verdicts.judge(Comparison(EXPERIMENT, "", differences(k)), results=None) for k in kinds
+    ]
     assert [j.verdict for j in judged] == kinds
     assert verdicts.overall(judged) == expected
 
 
-def test_a_diverged_run_never_arrives():
+def test_the_curve_of_a_diverged_run_ends_in_zeros():
     run = {"history": [{"map_at_r": 0.1}, {"map_at_r": 0.2}]}
     assert verdicts.curve(run, 4) == [0.1, 0.2, 0, 0, 0]
