@@ -207,7 +207,7 @@ def distillation(n: int) -> Contenders:
 
     def with_forward_alone() -> None:
         base(trunk(inputs), labels).backward()
-        distilled.teacher.forget()
+        distilled.teacher.clear()
         with torch.no_grad():
             network(inputs)
 

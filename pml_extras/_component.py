@@ -84,6 +84,12 @@ def check_finite(**rows: torch.Tensor) -> None:
             raise ValueError(f"{name} must be finite, and row {int(wrong[0])} is not")
 
 
+def element_losses(losses: torch.Tensor) -> dict[str, Any]:
+    """The entry of PML's loss dict for one loss per sample, (N,)."""
+    indices = torch.arange(len(losses), device=losses.device)
+    return {"losses": losses, "indices": indices, "reduction_type": "element"}
+
+
 class OptimizerReminder:
     """Warns once if a parameter gets gradients in 100 steps and does not move.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,25 +10,30 @@ from pytorch_metric_learning.losses import BaseLossWrapper
 from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import Tensor
 
-from .._component import HyperparametersMixin, check_count, require
+from .._component import HyperparametersMixin, check_count, check_non_negative
 from ..losses import ListwiseDistillationLoss
 from .teacher import Teacher
 
 
 class SelfDistillation(HyperparametersMixin, BaseLossWrapper, ModuleWithRecords):
-    r"""Any loss, plus what the network knew of similarities an epoch ago.
+    r"""Adds self-distillation to any loss: the network also matches the similarity distributions of
+    an earlier version of itself.
 
     .. math:: L = L_\mathrm{loss} + \frac{t}{T}\,\alpha\,L_\mathrm{distillation}
 
     in epoch t = 0, 1, ..., with :class:`pml_extras.losses.ListwiseDistillationLoss` as the second
-    term. In epoch 0, where its weight is 0, the teacher is not asked.
+    term. In epoch 0 its weight is 0, and the teacher is not used.
 
-    In PML's trainers, pass ``end_of_epoch_hook(your_hook)`` as the trainer's hook. In a loop of
-    your own, call :meth:`end_epoch` at the end of each epoch.
+    In a loop of your own, the explicit form is as short:
+    ``loss(x, labels) + weight * ListwiseDistillationLoss()(x, ref_emb=teacher(inputs))``. This
+    class
+    is for code that only calls ``loss(embeddings, labels)``, such as PML's trainers: pass
+    ``end_of_epoch_hook(your_hook)`` as the trainer's hook. In your own loop, call
+    :meth:`end_epoch` at the end of each epoch.
 
     Args:
-        loss: any loss called as PML's, a CrossBatchMemory, DistributedLossWrapper or MultipleLosses
-            among them.
+        loss: any loss that is called like PML's, including CrossBatchMemory,
+            DistributedLossWrapper and MultipleLosses.
         teacher: a :class:`SnapshotTeacher` or :class:`EMATeacher` of the network in training.
         num_epochs: T >= 1. From epoch T on, the weight stays at alpha.
         alpha: >= 0. The authors use 50 to 200, and up to 1000 in later work.
@@ -38,14 +42,14 @@ class SelfDistillation(HyperparametersMixin, BaseLossWrapper, ModuleWithRecords)
             ``distillation_loss`` (before its weight) and ``distillation_weight``.
 
     Attributes:
-        epoch: t, the number of epochs that have ended. It is in the state_dict, with what the
-            teacher needs to go on exactly after a resume.
+        epoch: t, the number of completed epochs. The state_dict contains it, and what the teacher
+            needs to continue exactly after a resume.
 
     Raises:
-        ValueError: for a setting out of range.
+        ValueError: for a hyperparameter out of range.
         RuntimeError: if the trunk's latest passes do not add up to as many samples as there are
-            embeddings. Only numbers are compared: ask with the embeddings of the latest pass, or of
-            the latest ones in their order, so that two losses on two views are one call.
+            embeddings. Only sample counts are checked, so pass the embeddings of the latest batch;
+            or of the latest passes in their order, for example two views in one call.
 
     Source: arXiv 2206.08880; alpha's default is the authors' for CUB with a triplet loss. The EMA
     teacher is ours.
@@ -73,7 +77,7 @@ class SelfDistillation(HyperparametersMixin, BaseLossWrapper, ModuleWithRecords)
         **kwargs: Any,
     ) -> None:
         check_count("num_epochs", num_epochs)
-        require(0 <= alpha < math.inf, "alpha", "lie in [0, inf)", alpha)
+        check_non_negative(alpha=alpha)
         super().__init__(loss=loss, **kwargs)
         self.loss = loss
         self.distillation = ListwiseDistillationLoss(temperature=temperature)
@@ -83,22 +87,20 @@ class SelfDistillation(HyperparametersMixin, BaseLossWrapper, ModuleWithRecords)
         self.temperature = temperature
         self.epoch = 0
         self.add_to_recordable_attributes(list_of_names=list(self.hyperparameters()))
-        self.add_to_recordable_attributes(
-            list_of_names=["base_loss", "distillation_loss", "distillation_weight"], is_stat=True
-        )
+        stats = ["base_loss", "distillation_loss", "distillation_weight"]
+        self.add_to_recordable_attributes(list_of_names=stats, is_stat=True)
 
     def forward(self, embeddings: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As the wrapped loss; all arguments go to it.
+        """The wrapped loss, which gets all arguments, plus the distillation term.
 
-        In eval mode, and where gradients are disabled, it is the wrapped loss alone.
+        In eval mode, and if gradients are disabled, it is the wrapped loss alone.
         """
         self.reset_stats()
         if not (self.training and torch.is_grad_enabled() and self.weight > 0):
-            self.teacher.forget()
+            self.teacher.clear()
             base_loss: Tensor = self.loss(embeddings, *args, **kwargs)
             return base_loss
-        # The teacher first: if the embeddings are not of its batch, a loss with state must not have
-        # learnt from them.
+        # The teacher first: if the embeddings are not of its batch, the loss must not change state.
         distillation: Tensor = self.distillation(
             embeddings, ref_emb=self.teacher.embed(len(embeddings))
         )
@@ -110,31 +112,33 @@ class SelfDistillation(HyperparametersMixin, BaseLossWrapper, ModuleWithRecords)
 
     @property
     def weight(self) -> float:
-        """What the distillation term is multiplied by in the present epoch."""
+        """The weight of the distillation term in the current epoch."""
         return self.alpha * min(self.epoch / self.num_epochs, 1.0)
 
     def end_epoch(self) -> None:
-        """Go on to the next epoch, with the network as it stands for a teacher."""
+        """Start the next epoch; a snapshot teacher becomes the network as it is now."""
         self.epoch += 1
         self.teacher.end_epoch()
 
     def end_of_epoch_hook(self, hook: Callable[[Any], Any] | None = None) -> Callable[[Any], Any]:
-        """A hook for PML's trainers, which ends the epoch here and then calls ``hook``, if given.
+        """A hook for PML's trainers that ends the epoch and then calls ``hook``, if given.
 
-        Returns what ``hook`` returns, so that False still stops the training. Put a hook that saves
-        inside rather than before it: what it saves then is the start of the next epoch.
+        It returns what ``hook`` returns, so False still stops the training. Put a hook that saves
+        checkpoints inside it, not before it: it then saves the start of the next epoch.
         """
 
         def end_epoch_then_hook(trainer: Any) -> Any:
             self.end_epoch()
-            self.epoch = trainer.epoch  # PML counts from 1: epochs that have ended
+            self.epoch = (
+                trainer.epoch
+            )  # PML counts from 1, so this is the number of completed epochs
             return hook(trainer) if hook is not None else None
 
         return end_epoch_then_hook
 
     @classmethod
     def check_loss_support(cls, loss_name: str) -> None:
-        """Any loss will do, since all that happens to it is that it is called."""
+        """Every loss is supported, because it is only called."""
 
     def get_extra_state(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "teacher": self.teacher.state_dict()}

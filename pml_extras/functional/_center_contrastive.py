@@ -140,19 +140,8 @@ def negative_logsumexp(
     if implementation == "auto":
         few = len(embeddings) * len(centers) <= DENSE_MAX_LOGITS
         implementation = "reference" if few else "chunked"
-    if implementation == "reference":
-        return _dense_negative_logsumexp(embeddings, centers, labels, scale, class_mask, is_local)
-    return chunked_negative_logsumexp(embeddings, centers, labels, scale, class_mask, is_local)
-
-
-def _dense_negative_logsumexp(
-    embeddings: Tensor,
-    centers: Tensor,
-    labels: Tensor,
-    scale: float,
-    class_mask: Tensor | None,
-    is_local: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    if implementation == "chunked":
+        return chunked_negative_logsumexp(embeddings, centers, labels, scale, class_mask, is_local)
     cosines = pairwise_cosine(embeddings, centers)  # (N, C)
     target = labels[:, None]
     target_cosine = cosines.gather(1, target).squeeze(1)

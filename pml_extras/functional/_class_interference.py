@@ -56,13 +56,10 @@ def class_interference(
         tensor([[0.2500, 1.5000]])
     """
 
-    def draw_integers(high: int) -> Tensor:
-        device = embeddings.device if generator is None else generator.device
-        drawn = torch.randint(high, labels.shape, generator=generator, device=device)
-        return drawn.to(embeddings.device)
-
-    def draw_uniform() -> Tensor:
-        return draw_integers(1 << 24).to(embeddings.dtype) / (1 << 24)
+    device = embeddings.device if generator is None else generator.device
+    shape = (3, len(labels))
+    uniform = torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
+    class_draw, apply_draw, strength_draw = uniform.to(embeddings.device)
 
     x = normalize_rows(embeddings) if normalize else embeddings
 
@@ -72,13 +69,13 @@ def class_interference(
     rank = has_mean.cumsum(0)
     target_has_mean = has_mean[labels]
     num_negatives = rank[-1] - target_has_mean.long()
-    nth = draw_integers(1 << 62) % num_negatives.clamp_min(1)
+    nth = (class_draw * num_negatives).long()
     nth = nth + (target_has_mean & (nth >= rank[labels] - 1)).long()
     negatives = torch.searchsorted(rank, nth + 1).clamp_max(len(rank) - 1)
 
-    apply_mask = (draw_uniform() < probability) & (num_negatives > 0)  # b_i
+    apply_mask = (apply_draw < probability) & (num_negatives > 0)  # b_i
     step_size = apply_mask.to(x.dtype) * strength
     if random_strength:
-        step_size = step_size * draw_uniform()
+        step_size = step_size * strength_draw.to(x.dtype)
     perturbed = torch.lerp(x, class_means.detach()[negatives], step_size[:, None])
     return normalize_rows(perturbed) if normalize else perturbed

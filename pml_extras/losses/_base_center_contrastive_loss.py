@@ -16,6 +16,7 @@ from .._component import (
     check_count,
     check_embeddings,
     check_non_negative,
+    element_losses,
     require,
 )
 
@@ -114,13 +115,7 @@ class BaseCenterContrastiveLoss(
         losses = self._sample_losses(embeddings, labels) * weights
         if self.collect_stats:
             self._set_stats(embeddings, labels)
-        loss_dict = {
-            "loss": {
-                "losses": losses,
-                "indices": c_f.torch_arange_from_size(embeddings),
-                "reduction_type": "element",
-            }
-        }
+        loss_dict = {"loss": element_losses(losses)}
         self.add_weight_regularization_to_loss_dict(loss_dict, self.centers)
         return loss_dict
 

@@ -17,6 +17,7 @@ from .._component import (
     check_count,
     check_embeddings,
     check_non_negative,
+    element_losses,
     require,
 )
 from ..functional import contextual_loss, contextual_similarity, pairwise_cosine
@@ -155,19 +156,11 @@ class ContextualLoss(HyperparametersMixin, BaseMetricLossFunction):
         )
         if self.collect_stats:
             self._set_stats(embeddings, labels, None if within_batch else ref_emb, ref_labels)
-        sub_losses = {
-            "contextual_loss": self.contextual_weight * terms.contextual,
-            "contrastive_loss": self.contrastive_weight * terms.contrastive,
-            "similarity_loss": self.similarity_weight
-            * terms.mean_similarity.expand(len(embeddings)),
-        }
+        mean_similarity = terms.mean_similarity.expand(len(embeddings))
         return {
-            name: {
-                "losses": losses,
-                "indices": c_f.torch_arange_from_size(embeddings),
-                "reduction_type": "element",
-            }
-            for name, losses in sub_losses.items()
+            "contextual_loss": element_losses(self.contextual_weight * terms.contextual),
+            "contrastive_loss": element_losses(self.contrastive_weight * terms.contrastive),
+            "similarity_loss": element_losses(self.similarity_weight * mean_similarity),
         }
 
     def _check_batch(self, labels: Tensor) -> None:

@@ -10,34 +10,35 @@ from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor
 
-from .._component import HyperparametersMixin, check_embeddings, require
+from .._component import HyperparametersMixin, check_embeddings, element_losses, require
 from ..functional import listwise_kl
 
 
 class ListwiseDistillationLoss(HyperparametersMixin, BaseMetricLossFunction):
-    r"""Makes each sample's list of similarities to the batch resemble a teacher's.
+    r"""Trains the similarity distribution of each sample to match a teacher's.
 
     .. math:: \ell_i = \tau^2\,\mathrm{KL}\big(\mathrm{softmax}(g_i \cdot g_j / \tau)\;\|\;
         \mathrm{softmax}(f_i \cdot f_j / \tau)\big)
 
-    Call it as ``loss(embeddings, ref_emb=teacher_embeddings)``, both of the same inputs in the same
-    order. Labels play no part. To have the teacher kept and asked for you, use
-    :class:`pml_extras.distillation.SelfDistillation`.
+    with the student's and the teacher's normalized embeddings f and g. Call it as
+    ``loss(embeddings, ref_emb=teacher_embeddings)``, both of the same inputs in the same order.
+    Labels are not used. :class:`pml_extras.distillation.SelfDistillation` keeps a teacher and calls
+    it for you.
 
     Args:
         temperature: :math:`\tau` > 0, in units of cosine similarity.
-        include_self: whether each sample is in its own list. Leaving it out is ours.
+        include_self: whether each sample is in its own list. False is ours.
         **kwargs: PML's ``reducer``, ``embedding_regularizer``, ``collect_stats``.
 
     Default distance: ``CosineSimilarity()``, the only one. Default reducer: ``MeanReducer``.
-    Reducer input: **loss**, an element a sample. The teacher's embeddings may have another size and
-    get no gradient.
+    Reducer input: **loss**, one element per sample. The teacher's embeddings may have another size.
+    They get no gradient.
 
     Raises:
         ValueError: without ``ref_emb``, with another number of rows in it, with an
             ``indices_tuple``, or for a temperature that is not positive.
 
-    Source: arXiv 2206.08880 and its authors' code; the factor :math:`\tau^2` is theirs too.
+    Source: arXiv 2206.08880 and its authors' code, including the factor :math:`\tau^2`.
 
     Example:
         >>> import torch
@@ -80,13 +81,7 @@ class ListwiseDistillationLoss(HyperparametersMixin, BaseMetricLossFunction):
         divergences = listwise_kl(
             embeddings, ref_emb, temperature=self.temperature, include_self=self.include_self
         )
-        return {
-            "loss": {
-                "losses": self.temperature**2 * divergences,
-                "indices": c_f.torch_arange_from_size(embeddings),
-                "reduction_type": "element",
-            }
-        }
+        return {"loss": element_losses(self.temperature**2 * divergences)}
 
     def get_default_distance(self) -> CosineSimilarity:
         return CosineSimilarity()

@@ -1,4 +1,4 @@
-"""PML's wrappers of losses that check a loss's name, with ours on their lists."""
+"""PML's loss wrappers that accept losses by name, with ours on their lists."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 class CrossBatchMemory(losses.CrossBatchMemory):
-    """PML's ``CrossBatchMemory``, which takes :class:`ContextualLoss` too.
+    """PML's ``CrossBatchMemory`` with support for :class:`ContextualLoss`.
 
-    There the memory is the context: neighbours are found among the remembered embeddings. Its place
-    in the queue joins the state_dict, so that a run that is resumed goes on exactly. A checkpoint
-    of PML's own has no such place: load it with ``strict=False``.
+    Neighbors are then found among the embeddings in the memory. The position in the queue is part
+    of the state_dict, so a resumed run continues exactly. A checkpoint of PML's own class has no
+    position: load it with ``strict=False``.
 
-    Source: PML's class, arXiv 1912.06798; the place in the queue is ours.
+    Source: PML's class, arXiv 1912.06798; saving the position is ours.
 
     Example:
         >>> import torch
@@ -42,10 +42,10 @@ class CrossBatchMemory(losses.CrossBatchMemory):
 
 
 class SelfSupervisedLoss(losses.SelfSupervisedLoss):
-    """PML's ``SelfSupervisedLoss``, which takes :class:`ContextualLoss` too.
+    """PML's ``SelfSupervisedLoss`` with support for :class:`ContextualLoss`.
 
-    Every sample is a class of two, itself and its augmentation: use ``num_neighbors=2``, or 1 with
-    ``symmetric=False``, where the references hold one of the two.
+    Every sample and its augmentation form a class of two: use ``num_neighbors=2``, or 1 with
+    ``symmetric=False``, where the references contain only one of the two.
 
     Example:
         >>> import torch

@@ -150,13 +150,6 @@ def test_teacher_stays_in_eval_mode_and_out_of_sight(teacher):
     assert set(run.loss.state_dict()) == {"_extra_state"}
 
 
-def test_checkpoint_at_an_epochs_end_holds_no_copy_of_the_network():
-    run = Run()
-    run.epoch()
-    run.loss.end_epoch()
-    assert run.loss.state_dict()["_extra_state"] == {"epoch": 1, "teacher": {}}
-
-
 @pytest.mark.parametrize("teacher", TEACHERS)
 @pytest.mark.parametrize("middle", [False, True], ids=["epoch's end", "mid-epoch"])
 @pytest.mark.parametrize("loss_first", [False, True])
@@ -184,7 +177,7 @@ def test_a_resumed_run_goes_on_exactly(teacher, middle, loss_first, tmp_path):
     assert torch.equal(resumed.weights(), run.weights())
 
 
-def test_passes_without_gradients_go_unnoticed():
+def test_pending_batches_without_gradients_go_unnoticed():
     run = Run(num_epochs=1)
     run.loss.end_epoch()
     x, labels = next(batches(1))
@@ -212,18 +205,18 @@ def test_a_loss_without_its_batch_says_so():
 def test_inputs_are_not_held_on_to():
     run = Run()
     run.epoch()
-    assert not run.teacher._passes
+    assert not run.teacher._pending_batches
     run.loss.end_epoch()
     run.epoch()
-    (embeddings,) = run.teacher._passes
+    (embeddings,) = run.teacher._pending_batches
     assert embeddings.shape == (12, D)
     for _ in range(20):  # and no loss asks
         run.trunk(next(batches(1))[0])
-    assert len(run.teacher._passes) <= 8
+    assert len(run.teacher._pending_batches) <= 8
 
 
 @pytest.mark.parametrize("sizes", [(12,), (5, 7), (4, 4, 4)])
-def test_samples_may_come_in_several_passes(sizes):
+def test_samples_may_come_in_several_pending_batches(sizes):
     run = Run(num_epochs=1)
     run.loss.end_epoch()
     x, labels = next(batches(1))
@@ -434,7 +427,7 @@ def test_trunk_and_loss_can_be_pickled(teacher):
     x, labels = next(batches(1))
     run.trunk(x)
     trunk, embedder, loss = pickle.loads(pickle.dumps((run.trunk, run.embedder, run.loss)))
-    assert not loss.teacher._passes
+    assert not loss.teacher._pending_batches
     assert loss.teacher._trunk is trunk
     values = []
     for t, e, loss_func in ((run.trunk, run.embedder, run.loss), (trunk, embedder, loss)):

@@ -19,20 +19,12 @@ def disable_autocast(function: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
         for x in (*args, *kwargs.values()):
-            if isinstance(x, Tensor) and _autocast_may_be_on(x.device.type):
+            if isinstance(x, Tensor) and torch.amp.is_autocast_available(x.device.type):
                 with torch.autocast(x.device.type, enabled=False):
                     return function(*args, **kwargs)
         return function(*args, **kwargs)
 
     return wrapper
-
-
-def _autocast_may_be_on(device: str) -> bool:
-    # Entering the context costs as much as a small operation, so skip it where autocast is off.
-    # The compiler traces backward under another autocast state than it runs under.
-    return torch.compiler.is_compiling() or (
-        torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    )
 
 
 def full_precision(function: Callable[P, T]) -> Callable[P, T]:

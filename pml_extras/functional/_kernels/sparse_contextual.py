@@ -7,7 +7,7 @@ and their products have a few entries per row. No dense (N, N) matrix is made.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -171,17 +171,6 @@ def _symmetric_part(context: SparseMatrix) -> SparseMatrix:
     return total.with_values(total.values / 2)
 
 
-class _Matrices(NamedTuple):
-    """What backward needs: see :func:`pml_extras.functional.contextual_similarity`."""
-
-    knn_mask: SparseMatrix  # M
-    half_knn_mask: SparseMatrix  # M2
-    shared: SparseMatrix  # G = M M^T
-    reciprocal: SparseMatrix  # R
-    weights: SparseMatrix  # W
-    similarity: SparseMatrix  # S
-
-
 class _SparseContextualTerm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, labels: Tensor, k: int, slack: float) -> Tensor:
@@ -201,7 +190,7 @@ class _SparseContextualTerm(torch.autograd.Function):
         errors = ((similarity.values - same_class).square() - same_class).masked_fill(i == j, 0)
         losses = similarity.with_values(errors).row_sums() + (class_sizes[class_index] - 1)
 
-        matrices = _Matrices(knn_mask, half_knn_mask, shared, reciprocal, weights, similarity)
+        matrices = (knn_mask, half_knn_mask, shared, reciprocal, weights, similarity)
         tensors = [t for m in matrices for t in (m.rows, m.cols, m.values)]
         ctx.save_for_backward(x, class_index, *tensors)
         mean_losses: Tensor = losses / n
