@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from conformance.capabilities import Component
-from conformance.components import COMPONENTS
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
+
+from conformance.capabilities import Component
+from conformance.components import COMPONENTS
 
 # Those that users choose by. The others are about how contracts are to be tested.
 SHOWN = {

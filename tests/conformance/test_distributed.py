@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch._dynamo  # which DistributedDataParallel imports: once here, or in every process
 import torch.distributed as dist
-from processes import run_processes
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from pytorch_metric_learning.utils.distributed import (
     DistributedLossWrapper,
@@ -16,6 +15,8 @@ from pytorch_metric_learning.utils.distributed import (
 )
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from helpers.processes import run_processes
 
 from .capabilities import EMBEDDING_SIZE, NUM_CLASSES
 

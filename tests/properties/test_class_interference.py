@@ -10,34 +10,35 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from pytorch_metric_learning import losses, miners
 
+from helpers.formulas import gradients_fit_dtype, normalized, norms_fit_float32
+from helpers.state import assert_refused_without_change, same_state, state_is_finite, state_of
+from helpers.strategies import class_labels, embeddings, seeds, shapes, small_shapes
 from pml_extras.regularizers import ClassInterferenceRegularizer
 
 
-def draw_regularizer(data, cases, num_classes, d, **kwargs):
+def draw_regularizer(data, num_classes, d, **kwargs):
     settings = {
         "strength": data.draw(st.sampled_from([0.0, 0.1, 0.49])),
         "probability": data.draw(st.sampled_from([0.0, 0.5, 1.0])),
         "momentum": data.draw(st.sampled_from([0.0, 0.5, 0.9, 1.0])),
         "normalize": data.draw(st.booleans()),
         "random_strength": data.draw(st.booleans()),
-        "generator": torch.Generator().manual_seed(data.draw(cases.seeds)),
+        "generator": torch.Generator().manual_seed(data.draw(seeds)),
     }
     return ClassInterferenceRegularizer(num_classes, d, **(settings | kwargs))
 
 
-def draw_batch(data, cases, n, d, num_classes, **kwargs):
-    return data.draw(cases.embeddings(n, d, **kwargs)), data.draw(
-        cases.class_labels(n, num_classes)
-    )
+def draw_batch(data, n, d, num_classes, **kwargs):
+    return data.draw(embeddings(n, d, **kwargs)), data.draw(class_labels(n, num_classes))
 
 
 @given(data=st.data(), num_classes=st.integers(2, 12))
-def test_moves_within_bounds_towards_another_class(cases, data, num_classes):
-    n, d = data.draw(cases.shapes)
-    regularizer = draw_regularizer(data, cases, num_classes, d)
+def test_moves_within_bounds_towards_another_class(data, num_classes):
+    n, d = data.draw(shapes)
+    regularizer = draw_regularizer(data, num_classes, d)
     for _ in range(data.draw(st.integers(0, 2))):
-        regularizer.interfere(*draw_batch(data, cases, n, d, num_classes, extreme=False))
-    x, y = draw_batch(data, cases, n, d, num_classes, extreme=False)
+        regularizer.interfere(*draw_batch(data, n, d, num_classes, extreme=False))
+    x, y = draw_batch(data, n, d, num_classes, extreme=False)
     x.requires_grad_()
     means, counts = regularizer.class_means.double(), regularizer.class_counts.clone()
     moved = regularizer.interfere(x, y)
@@ -45,9 +46,9 @@ def test_moves_within_bounds_towards_another_class(cases, data, num_classes):
     assert moved.dtype == x.dtype
     assert moved.isfinite().all()
     moved.sum().backward()
-    if cases.gradients_fit(x, 4):
+    if gradients_fit_dtype(x, 4):
         assert x.grad.isfinite().all()
-    clean = cases.unit(x.detach()) if regularizer.normalize else x.detach().double()
+    clean = normalized(x.detach()) if regularizer.normalize else x.detach().double()
     eps = torch.finfo(x.dtype).eps + 1e-6
     for before, after, label in zip(clean, moved.detach().double(), y.long(), strict=True):
         # Where along each segment to another class's mean could it lie, and how far from that?
@@ -79,16 +80,16 @@ def test_moves_within_bounds_towards_another_class(cases, data, num_classes):
 
 
 @given(data=st.data(), num_classes=st.integers(2, 12))
-def test_means_are_the_formulas(cases, data, num_classes):
-    n, d = data.draw(cases.shapes)
-    regularizer = draw_regularizer(data, cases, num_classes, d)
+def test_means_are_the_formulas(data, num_classes):
+    n, d = data.draw(shapes)
+    regularizer = draw_regularizer(data, num_classes, d)
     for _ in range(data.draw(st.integers(1, 3))):
-        x, y = draw_batch(data, cases, n, d, num_classes)
+        x, y = draw_batch(data, n, d, num_classes)
         if regularizer.normalize:
-            assume(cases.norms_are_ordinary(x))
+            assume(norms_fit_float32(x))
         old, counts = regularizer.class_means.double(), regularizer.class_counts.clone()
         regularizer.interfere(x, y)
-        clean = cases.unit(x) if regularizer.normalize else x.double()
+        clean = normalized(x) if regularizer.normalize else x.double()
         for c in range(num_classes):
             members = clean[y.long() == c]
             assert regularizer.class_counts[c] == counts[c] + len(members)
@@ -99,49 +100,49 @@ def test_means_are_the_formulas(cases, data, num_classes):
             size = float(torch.cat([members.flatten(), old[c]]).abs().max())
             error = (regularizer.class_means[c].double() - expected).abs()
             assert (error <= 1e-6 * size + 1e-44).all()
-    assert cases.state_is_finite(regularizer.state_dict())
+    assert state_is_finite(regularizer.state_dict())
 
 
 @given(data=st.data(), num_classes=st.integers(2, 12))
-def test_broken_rows_are_as_if_left_out_of_the_means(cases, data, num_classes):
-    n, d = data.draw(cases.shapes)
-    with_them = draw_regularizer(data, cases, num_classes, d)
+def test_broken_rows_are_as_if_left_out_of_the_means(data, num_classes):
+    n, d = data.draw(shapes)
+    with_them = draw_regularizer(data, num_classes, d)
     without_them = ClassInterferenceRegularizer(
         num_classes, d, momentum=with_them.momentum, normalize=with_them.normalize
     )
     for _ in range(3):
-        x, y = draw_batch(data, cases, n, d, num_classes, broken=True, extreme=False)
+        x, y = draw_batch(data, n, d, num_classes, non_finite=True, extreme=False)
         finite = x.isfinite().all(1)
         interfered = with_them.interfere(x, y)
         assert interfered[finite].isfinite().all()
         without_them.interfere(x[finite], y.long()[finite])
         for name in ("class_means", "class_counts"):
             assert torch.equal(getattr(with_them, name), getattr(without_them, name))
-    assert cases.state_is_finite(with_them.state_dict())
+    assert state_is_finite(with_them.state_dict())
 
 
 @given(data=st.data(), num_classes=st.integers(2, 12))
-def test_anything_finite_keeps_the_state_finite(cases, data, num_classes):
-    n, d = data.draw(cases.shapes)
-    regularizer = draw_regularizer(data, cases, num_classes, d)
+def test_anything_finite_keeps_the_state_finite(data, num_classes):
+    n, d = data.draw(shapes)
+    regularizer = draw_regularizer(data, num_classes, d)
     for _ in range(3):
-        x, y = draw_batch(data, cases, n, d, num_classes, broken=True)
+        x, y = draw_batch(data, n, d, num_classes, non_finite=True)
         if data.draw(st.booleans()):
             x = x.double() * 1e200
         regularizer.interfere(x, y)
-        assert cases.state_is_finite(regularizer.state_dict())
+        assert state_is_finite(regularizer.state_dict())
 
 
 @given(data=st.data(), num_classes=st.integers(2, 12))
-def test_order_does_not_matter_to_the_means(cases, data, num_classes):
-    n, d = data.draw(cases.shapes)
-    one = draw_regularizer(data, cases, num_classes, d)
+def test_order_does_not_matter_to_the_means(data, num_classes):
+    n, d = data.draw(shapes)
+    one = draw_regularizer(data, num_classes, d)
     other = ClassInterferenceRegularizer(
         num_classes, d, momentum=one.momentum, normalize=one.normalize
     )
     for _ in range(2):
-        x, y = draw_batch(data, cases, n, d, num_classes, broken=True)
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(data.draw(cases.seeds)))
+        x, y = draw_batch(data, n, d, num_classes, non_finite=True)
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(data.draw(seeds)))
         one.interfere(x, y)
         other.interfere(x[order], y.long()[order])
         assert torch.equal(one.class_means, other.class_means)
@@ -149,15 +150,15 @@ def test_order_does_not_matter_to_the_means(cases, data, num_classes):
 
 
 @given(data=st.data(), num_classes=st.integers(2, 12))
-def test_eval_mode_changes_nothing(cases, data, num_classes):
-    n, d = data.draw(cases.shapes)
-    regularizer = draw_regularizer(data, cases, num_classes, d)
-    regularizer.interfere(*draw_batch(data, cases, n, d, num_classes))
+def test_eval_mode_changes_nothing(data, num_classes):
+    n, d = data.draw(shapes)
+    regularizer = draw_regularizer(data, num_classes, d)
+    regularizer.interfere(*draw_batch(data, n, d, num_classes))
     regularizer.eval()
-    before = cases.state_of(regularizer)
-    x, y = draw_batch(data, cases, n, d, num_classes, broken=True)
+    before = state_of(regularizer)
+    x, y = draw_batch(data, n, d, num_classes, non_finite=True)
     assert regularizer.interfere(x, y) is x
-    assert cases.same_state(regularizer.state_dict(), before)
+    assert same_state(regularizer.state_dict(), before)
 
 
 BASES = {
@@ -169,10 +170,10 @@ BASES = {
 
 
 @given(data=st.data(), base=st.sampled_from(list(BASES)), num_classes=st.integers(2, 12))
-def test_attached_is_the_loss_of_what_interfere_returns(cases, data, base, num_classes):
-    n, d = data.draw(cases.shapes)
+def test_attached_is_the_loss_of_what_interfere_returns(data, base, num_classes):
+    n, d = data.draw(shapes)
     n = max(n, 1)
-    regularizer = draw_regularizer(data, cases, num_classes, d)
+    regularizer = draw_regularizer(data, num_classes, d)
     alone = copy.deepcopy(regularizer)
     alone.generator = torch.Generator()
     alone.generator.set_state(regularizer.generator.get_state())
@@ -183,7 +184,7 @@ def test_attached_is_the_loss_of_what_interfere_returns(cases, data, base, num_c
     for train in (True, True, False):
         loss_func.train(train)
         alone.train(train)
-        x, y = draw_batch(data, cases, n, d, num_classes, dtype=torch.float32, extreme=False)
+        x, y = draw_batch(data, n, d, num_classes, dtype=torch.float32, extreme=False)
         y = y.long()
         indices = miner(x, y) if miner else None
         torch.manual_seed(1)
@@ -201,10 +202,10 @@ def test_attached_is_the_loss_of_what_interfere_returns(cases, data, base, num_c
 
 @pytest.mark.parametrize("attached", [False, True])
 @given(data=st.data())
-def test_refusals_leave_no_trace(cases, data, attached):
-    (n, d), c = data.draw(cases.small_shapes), 5
-    regularizer = draw_regularizer(data, cases, c, d)
-    torch.manual_seed(data.draw(cases.seeds))
+def test_refusals_leave_no_trace(data, attached):
+    (n, d), c = data.draw(small_shapes), 5
+    regularizer = draw_regularizer(data, c, d)
+    torch.manual_seed(data.draw(seeds))
     x, y = torch.randn(n, d), torch.randint(c, (n,))
     loss_func = regularizer.attach(losses.ContrastiveLoss()) if attached else regularizer
     call = loss_func if attached else regularizer.interfere
@@ -226,4 +227,4 @@ def test_refusals_leave_no_trace(cases, data, attached):
         "complex": lambda: call(x.cfloat(), y),
     }
     for name, call_wrongly in calls.items():
-        cases.assert_refused_without_a_trace(loss_func, call_wrongly, name)
+        assert_refused_without_change(loss_func, call_wrongly, name)

@@ -8,6 +8,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from pytorch_metric_learning import distances
 
+from helpers.formulas import contextual_similarity_formula, has_no_near_ties, norms_fit_float32
+from helpers.state import assert_refused_without_change, same_state
+from helpers.strategies import NON_FINITE, any_labels, embeddings, seeds, shapes, small_shapes
 from pml_extras.functional.copies import exact_copies
 from pml_extras.miners import ContextualSimilarityMiner
 
@@ -25,17 +28,17 @@ WITH_REFERENCES = pytest.mark.parametrize("with_references", [False, True])
 MARGINS = st.sampled_from([0.0, 0.100301, 0.500701, 2.0])
 
 
-def draw_call(data, cases, shapes, with_references, **kwargs):
+def draw_call(data, shapes, with_references, **kwargs):
     n, d = data.draw(shapes)
-    x, y = data.draw(cases.embeddings(n, d, **kwargs)), data.draw(cases.any_labels(n))
+    x, y = data.draw(embeddings(n, d, **kwargs)), data.draw(any_labels(n))
     if not with_references:
         return x, y, None, None
     others = data.draw(st.integers(0, 12))
     kwargs["dtype"] = x.dtype
-    ref = data.draw(cases.embeddings(others, d, **kwargs))
+    ref = data.draw(embeddings(others, d, **kwargs))
     if data.draw(st.booleans(), label="the references include the batch"):
         ref = torch.cat([x, ref])
-    generator = torch.Generator().manual_seed(data.draw(cases.seeds))
+    generator = torch.Generator().manual_seed(data.draw(seeds))
     ref_y = y.new_zeros(len(ref))
     if n:
         ref_y = y[torch.randint(n, (len(ref),), generator=generator)]
@@ -62,7 +65,7 @@ def as_set(anchors, others):
     return set(zip(anchors.tolist(), others.tolist(), strict=True))
 
 
-def plain_pairs(miner, cases, table, y, ref_table, ref_y, copies):
+def mine_pair_by_pair(miner, table, y, ref_table, ref_y, copies):
     """The rules of contextual_pairs, a pair at a time; None where rounding could decide."""
     k, margin, tolerance = miner.num_neighbors, miner.margin, 1e-9
     shaky = []
@@ -73,8 +76,8 @@ def plain_pairs(miner, cases, table, y, ref_table, ref_y, copies):
         return a > b
 
     n, r = table.shape
-    s = cases.plain_context(table, k, 0.0, ref_table)
-    own = s if ref_table is None else cases.plain_context(ref_table, k, 0.0)
+    s = contextual_similarity_formula(table, k, 0.0, ref_table)
+    own = s if ref_table is None else contextual_similarity_formula(ref_table, k, 0.0)
     labels, ref_labels = y.tolist(), ref_y.tolist()
 
     def vote(context, me, label, left_out):
@@ -144,22 +147,22 @@ def assert_valid(mined, x, y, ref, ref_y):
 
 
 @WITH_REFERENCES
-@given(data=st.data(), broken=st.booleans())
-def test_pairs_are_valid(cases, data, broken, with_references):
-    x, y, ref, ref_y = draw_call(data, cases, cases.shapes, with_references, broken=broken)
+@given(data=st.data(), non_finite=st.booleans())
+def test_pairs_are_valid(data, non_finite, with_references):
+    x, y, ref, ref_y = draw_call(data, shapes, with_references, non_finite=non_finite)
     miner = draw_miner(data)
     mined = miner(x.requires_grad_(), y, ref, ref_y)
     assert_valid(mined, x.detach(), y, ref, ref_y)
-    assert cases.same_state(miner.state_dict(), {})
+    assert same_state(miner.state_dict(), {})
     again = miner(x, y, ref, ref_y)
     assert all(torch.equal(a, b) for a, b in zip(mined, again, strict=True))
 
 
 @WITH_REFERENCES
 @given(data=st.data())
-def test_pairs_are_the_rules(cases, data, with_references):
+def test_pairs_are_the_rules(data, with_references):
     x, y, ref, ref_y = draw_call(
-        data, cases, cases.small_shapes, with_references, dtype=torch.float64, extreme=False
+        data, small_shapes, with_references, dtype=torch.float64, extreme=False
     )
     miner = draw_miner(data)
     r, r_y = (x, y) if ref is None else (ref, ref_y)
@@ -169,9 +172,9 @@ def test_pairs_are_the_rules(cases, data, with_references):
     assume(table.isfinite().all() and (ref_table is None or ref_table.isfinite().all()))
     size = float(table.abs().max()) or 1.0
     rounding = 1e-9 * max(size, 1e-3)
-    assume(cases.has_gap(table, miner.num_neighbors, 0.0, ref_table, tolerance=rounding))
+    assume(has_no_near_ties(table, miner.num_neighbors, 0.0, ref_table, tolerance=rounding))
     scaled_ref = None if ref_table is None else ref_table / size
-    expected = plain_pairs(miner, cases, table / size, y, scaled_ref, r_y, copies_in(x, ref))
+    expected = mine_pair_by_pair(miner, table / size, y, scaled_ref, r_y, copies_in(x, ref))
     assume(expected is not None)
     a1, p, a2, n = miner(x, y, ref, ref_y)
     assert as_set(a1, p) == expected[0]
@@ -180,9 +183,9 @@ def test_pairs_are_the_rules(cases, data, with_references):
 
 @WITH_REFERENCES
 @given(data=st.data())
-def test_order_does_not_matter(cases, data, with_references):
+def test_order_does_not_matter(data, with_references):
     x, y, ref, ref_y = draw_call(
-        data, cases, cases.small_shapes, with_references, dtype=torch.float64, extreme=False
+        data, small_shapes, with_references, dtype=torch.float64, extreme=False
     )
     miner = draw_miner(data)
     r, r_y = (x, y) if ref is None else (ref, ref_y)
@@ -191,11 +194,11 @@ def test_order_does_not_matter(cases, data, with_references):
     ref_table = None if ref is None else miner.distances(ref, ref)
     assume(table.isfinite().all() and (ref_table is None or ref_table.isfinite().all()))
     size = float(table.abs().max()) or 1.0
-    assume(cases.has_gap(table, miner.num_neighbors, 0.0, ref_table, tolerance=1e-9 * size))
+    assume(has_no_near_ties(table, miner.num_neighbors, 0.0, ref_table, tolerance=1e-9 * size))
     scaled_ref = None if ref_table is None else ref_table / size
     copies = copies_in(x, ref)
-    assume(plain_pairs(miner, cases, table / size, y, scaled_ref, r_y, copies) is not None)
-    generator = torch.Generator().manual_seed(data.draw(cases.seeds))
+    assume(mine_pair_by_pair(miner, table / size, y, scaled_ref, r_y, copies) is not None)
+    generator = torch.Generator().manual_seed(data.draw(seeds))
     order = torch.randperm(len(x), generator=generator)
     ref_order = order if ref is None else torch.randperm(len(ref), generator=generator)
     a1, p, a2, n = miner(x, y, ref, ref_y)
@@ -207,15 +210,15 @@ def test_order_does_not_matter(cases, data, with_references):
 
 @WITH_REFERENCES
 @given(data=st.data(), exponent=st.integers(-6, 6))
-def test_scale_does_not_matter(cases, data, exponent, with_references):
-    x, y, ref, ref_y = draw_call(data, cases, cases.shapes, with_references, extreme=False)
+def test_scale_does_not_matter(data, exponent, with_references):
+    x, y, ref, ref_y = draw_call(data, shapes, with_references, extreme=False)
     miner = draw_miner(data)
     factor = 2.0**exponent
     for rows in (x, ref):
         if rows is not None:
             scaled = rows * factor
             assume(scaled.isfinite().all() and torch.equal(scaled / factor, rows))
-            assume(cases.norms_are_ordinary(rows * 1e-3))
+            assume(norms_fit_float32(rows * 1e-3))
     # cdist's tricks with squares and PML's guard against 0 in the denominator have scales.
     assume(isinstance(miner.distance, distances.DotProductSimilarity))
     before = miner(x, y, ref, ref_y)
@@ -226,9 +229,9 @@ def test_scale_does_not_matter(cases, data, exponent, with_references):
 @WITH_REFERENCES
 @pytest.mark.parametrize("distance", DISTANCES)
 @given(data=st.data())
-def test_a_broken_row_does_not_silence_the_others(cases, data, distance, with_references):
+def test_a_broken_row_does_not_silence_the_others(data, distance, with_references):
     """A sample that is not finite is nobody's neighbour: the rest is mined as without it."""
-    generator = torch.Generator().manual_seed(data.draw(cases.seeds))
+    generator = torch.Generator().manual_seed(data.draw(seeds))
     y = torch.arange(24) % 4
     x = torch.randn(4, 8, generator=generator)[y] + torch.randn(24, 8, generator=generator)
     miner = ContextualSimilarityMiner(margin=1.0, distance=DISTANCES[distance]())
@@ -236,7 +239,7 @@ def test_a_broken_row_does_not_silence_the_others(cases, data, distance, with_re
     x = x.double()
     row = data.draw(st.integers(0, 23))
     broken = x.clone()
-    broken[row] = data.draw(st.sampled_from(cases.SPECIAL))
+    broken[row] = data.draw(st.sampled_from(NON_FINITE))
     rest = torch.arange(24) != row
     mined = miner(x, y, broken, y) if with_references else miner(broken, y)
     assert all(len(indices) for indices in mined)
@@ -249,10 +252,10 @@ def test_a_broken_row_does_not_silence_the_others(cases, data, distance, with_re
 
 
 @given(data=st.data())
-def test_refusals(cases, data):
-    n, d = data.draw(cases.small_shapes)
+def test_refusals(data):
+    n, d = data.draw(small_shapes)
     miner = draw_miner(data)
-    torch.manual_seed(data.draw(cases.seeds))
+    torch.manual_seed(data.draw(seeds))
     d += 1  # PML's distances take references of size 1 for any size
     x, y = torch.randn(n, d), torch.arange(n)
     calls = {
@@ -264,4 +267,4 @@ def test_refusals(cases, data):
         "fewer reference labels": lambda: miner(x, y, x.clone(), y[1:]),
     }
     for name, call_wrongly in calls.items():
-        cases.assert_refused_without_a_trace(miner, call_wrongly, name)
+        assert_refused_without_change(miner, call_wrongly, name)

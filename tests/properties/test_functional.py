@@ -6,6 +6,8 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from helpers.formulas import normalized, norms_fit_float32
+from helpers.strategies import any_labels, class_labels, embeddings, seeds, shapes, small_shapes
 from pml_extras.functional import (
     class_interference,
     moving_class_means,
@@ -16,22 +18,22 @@ from pml_extras.functional.contextual_similarity import neighborhood_mask
 from pml_extras.functional.copies import exact_copies
 
 
-def draw_means(data, cases, num_classes, d):
-    generator = torch.Generator().manual_seed(data.draw(cases.seeds))
+def draw_means(data, num_classes, d):
+    generator = torch.Generator().manual_seed(data.draw(seeds))
     dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
     means = torch.randn(num_classes, d, generator=generator, dtype=dtype)
     return means, torch.randint(2, (num_classes,), generator=generator)
 
 
 @given(data=st.data(), num_classes=st.integers(1, 12), normalize=st.booleans())
-def test_moving_means_do_not_depend_on_the_order(cases, data, num_classes, normalize):
-    n, d = data.draw(cases.shapes)
+def test_moving_means_do_not_depend_on_the_order(data, num_classes, normalize):
+    n, d = data.draw(shapes)
     n = max(n, 1)
-    x = data.draw(cases.embeddings(n, d, broken=True))
-    y = data.draw(cases.class_labels(n, num_classes)).long()
-    means, counts = draw_means(data, cases, num_classes, d)
+    x = data.draw(embeddings(n, d, non_finite=True))
+    y = data.draw(class_labels(n, num_classes)).long()
+    means, counts = draw_means(data, num_classes, d)
     new = moving_class_means(means, counts, x, y, 0.7, normalize)
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(data.draw(cases.seeds)))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(data.draw(seeds)))
     permuted = moving_class_means(means, counts, x[order], y[order], 0.7, normalize)
     for a, b in zip(new, permuted, strict=True):
         assert torch.equal(a[order], b)
@@ -40,12 +42,12 @@ def test_moving_means_do_not_depend_on_the_order(cases, data, num_classes, norma
 
 
 @given(data=st.data(), num_classes=st.integers(1, 12))
-def test_moving_means_are_right_and_classes_apart(cases, data, num_classes):
-    n, d = data.draw(cases.shapes)
+def test_moving_means_are_right_and_classes_apart(data, num_classes):
+    n, d = data.draw(shapes)
     n = max(n, 1)
-    x = data.draw(cases.embeddings(n, d, broken=True))
-    y = data.draw(cases.class_labels(n, num_classes)).long()
-    means, counts = draw_means(data, cases, num_classes, d)
+    x = data.draw(embeddings(n, d, non_finite=True))
+    y = data.draw(class_labels(n, num_classes)).long()
+    means, counts = draw_means(data, num_classes, d)
     new, new_counts = moving_class_means(means, counts, x, y, 0.7)
     assert new.dtype == means.dtype
     finite = x.isfinite().all(1)
@@ -63,10 +65,10 @@ def test_moving_means_are_right_and_classes_apart(cases, data, num_classes):
 
 
 @given(data=st.data())
-def test_copies_are_the_rows_with_equal_bits(cases, data):
-    n, d = data.draw(cases.shapes)
-    x = data.draw(cases.embeddings(n, d, broken=True))
-    ref = data.draw(cases.embeddings(data.draw(st.integers(0, 20)), d, dtype=x.dtype, broken=True))
+def test_copies_are_the_rows_with_equal_bits(data):
+    n, d = data.draw(shapes)
+    x = data.draw(embeddings(n, d, non_finite=True))
+    ref = data.draw(embeddings(data.draw(st.integers(0, 20)), d, dtype=x.dtype, non_finite=True))
     if data.draw(st.booleans()):
         signs = data.draw(st.sampled_from([1.0, 2.0, 0.5]))
         x, ref = (torch.where(rows > 0, signs, -signs).to(x.dtype) for rows in (x, ref))
@@ -80,22 +82,22 @@ def test_copies_are_the_rows_with_equal_bits(cases, data):
 
 
 @given(data=st.data())
-def test_cosines(cases, data):
-    n, d = data.draw(cases.shapes)
-    x = data.draw(cases.embeddings(n, d))
-    ref = data.draw(cases.embeddings(data.draw(st.integers(0, 20)), d, dtype=x.dtype))
+def test_cosines(data):
+    n, d = data.draw(shapes)
+    x = data.draw(embeddings(n, d))
+    ref = data.draw(embeddings(data.draw(st.integers(0, 20)), d, dtype=x.dtype))
     cosines = pairwise_cosine(x, ref)
     assert cosines.shape == (n, len(ref))
     assert cosines.isfinite().all()
     assert (cosines.abs() <= 1 + 1e-6).all()
-    if cases.norms_are_ordinary(x, ref):
-        assert torch.allclose(cosines.double(), cases.unit(x) @ cases.unit(ref).T, atol=2e-6)
+    if norms_fit_float32(x, ref):
+        assert torch.allclose(cosines.double(), normalized(x) @ normalized(ref).T, atol=2e-6)
 
 
 @given(data=st.data(), k=st.integers(1, 50), slack=st.sampled_from([0.0, 0.1, 1.0]))
-def test_neighbourhoods_hold_k_or_more(cases, data, k, slack):
-    n, d = data.draw(cases.small_shapes)
-    table = data.draw(cases.embeddings(n, d, dtype=torch.float64, extreme=False))
+def test_neighbourhoods_hold_k_or_more(data, k, slack):
+    n, d = data.draw(small_shapes)
+    table = data.draw(embeddings(n, d, dtype=torch.float64, extreme=False))
     mask = neighborhood_mask(table, k, slack)
     assert (mask.sum(1) >= min(k, d)).all()
     farthest_in = table.masked_fill(~mask, -float("inf")).amax(1)
@@ -104,11 +106,11 @@ def test_neighbourhoods_hold_k_or_more(cases, data, k, slack):
 
 
 @given(data=st.data())
-def test_votes_are_shares(cases, data):
-    n, r = data.draw(cases.small_shapes)
-    generator = torch.Generator().manual_seed(data.draw(cases.seeds))
+def test_votes_are_shares(data):
+    n, r = data.draw(small_shapes)
+    generator = torch.Generator().manual_seed(data.draw(seeds))
     context = torch.rand(n, r, generator=generator, dtype=torch.float64).mul(4).floor() / 4
-    y = data.draw(cases.any_labels(n))
+    y = data.draw(any_labels(n))
     ref_y = y[torch.randint(n, (r,), generator=generator)]
     excluded = torch.rand(n, r, generator=generator) < 0.2
     vote = weighted_label_vote(context.masked_fill(excluded, 0), y, ref_y)
@@ -124,12 +126,12 @@ def test_votes_are_shares(cases, data):
 
 
 @given(data=st.data(), num_classes=st.integers(1, 12), strength=st.floats(0, 0.49))
-def test_interference_is_bounded_by_the_distance_to_a_mean(cases, data, num_classes, strength):
-    n, d = data.draw(cases.shapes)
-    x = data.draw(cases.embeddings(n, d, extreme=False, broken=True))
-    y = data.draw(cases.class_labels(n, num_classes)).long()
-    means, counts = draw_means(data, cases, num_classes, d)
-    seed = data.draw(cases.seeds)
+def test_interference_is_bounded_by_the_distance_to_a_mean(data, num_classes, strength):
+    n, d = data.draw(shapes)
+    x = data.draw(embeddings(n, d, extreme=False, non_finite=True))
+    y = data.draw(class_labels(n, num_classes)).long()
+    means, counts = draw_means(data, num_classes, d)
+    seed = data.draw(seeds)
     probability = data.draw(st.sampled_from([0.0, 0.5, 1.0]))
     random_strength = data.draw(st.booleans())
     moved, again = (
@@ -163,15 +165,15 @@ def test_interference_is_bounded_by_the_distance_to_a_mean(cases, data, num_clas
 
 
 @given(data=st.data())
-def test_interference_draws_the_same_whatever_the_embeddings(cases, data):
+def test_interference_draws_the_same_whatever_the_embeddings(data):
     """The draws must not depend on values, or ranks and resumed runs would drift apart."""
-    n, d = data.draw(cases.shapes)
-    y = data.draw(cases.class_labels(n, 4)).long()
-    means, counts = draw_means(data, cases, 4, d)
+    n, d = data.draw(shapes)
+    y = data.draw(class_labels(n, 4)).long()
+    means, counts = draw_means(data, 4, d)
     states = []
     for _ in range(2):
         generator = torch.Generator().manual_seed(3)
-        x = data.draw(cases.embeddings(n, d, broken=True))
+        x = data.draw(embeddings(n, d, non_finite=True))
         class_interference(x, y, means, counts, generator=generator)
         states.append(generator.get_state())
     assume(n)

@@ -8,16 +8,19 @@ from hypothesis import strategies as st
 from pytorch_metric_learning.reducers import DoNothingReducer
 from torch.nn.functional import kl_div
 
+from helpers.formulas import gradients_fit_dtype, normalized, norms_fit_float32
+from helpers.state import assert_refused_without_change
+from helpers.strategies import embeddings, log_uniform, seeds, shapes, small_shapes
 from pml_extras.functional import listwise_kl
 from pml_extras.losses import ListwiseDistillationLoss
 
 
-def plain_kl(cases, student, teacher, temperature, include_self):
+def kl_formula(student, teacher, temperature, include_self):
     log_q, log_p = (
         torch.where(
             torch.eye(len(x), dtype=torch.bool) & (not include_self),
             -1e30,
-            cases.unit(x) @ cases.unit(x).T / temperature,
+            normalized(x) @ normalized(x).T / temperature,
         ).log_softmax(1)
         for x in (student, teacher)
     )
@@ -25,23 +28,23 @@ def plain_kl(cases, student, teacher, temperature, include_self):
 
 
 @given(data=st.data(), include_self=st.booleans())
-def test_values_and_gradients(cases, data, include_self):
-    n, d = data.draw(cases.shapes)
-    student = data.draw(cases.embeddings(n, d)).requires_grad_()
-    teacher = data.draw(cases.embeddings(n, data.draw(st.integers(1, 16))))
-    temperature = data.draw(cases.log_uniform(-3, 3))
+def test_values_and_gradients(data, include_self):
+    n, d = data.draw(shapes)
+    student = data.draw(embeddings(n, d)).requires_grad_()
+    teacher = data.draw(embeddings(n, data.draw(st.integers(1, 16))))
+    temperature = data.draw(log_uniform(-3, 3))
     loss_func = ListwiseDistillationLoss(temperature=temperature, include_self=include_self)
     loss = loss_func(student, ref_emb=teacher)
     loss.backward()
     assert loss.isfinite()
     assert loss >= 0
-    if cases.gradients_fit(student, max(1.0, 4 * temperature)):
+    if gradients_fit_dtype(student, max(1.0, 4 * temperature)):
         assert student.grad.isfinite().all()
     kl = listwise_kl(student.detach(), teacher, temperature, include_self)
     assert kl.shape == (n,)
     assert (kl >= 0).all()
-    if n and cases.norms_are_ordinary(student, teacher):
-        expected = plain_kl(cases, student.detach(), teacher, temperature, include_self)
+    if n and norms_fit_float32(student, teacher):
+        expected = kl_formula(student.detach(), teacher, temperature, include_self)
         # Rounding moves each similarity by a few units in the last place, over the temperature,
         # and where the lists agree its square is all there is.
         eps = 2e-6 if kl.dtype == torch.float32 else 1e-14
@@ -50,15 +53,15 @@ def test_values_and_gradients(cases, data, include_self):
 
 
 @given(data=st.data(), include_self=st.booleans())
-def test_gradients_are_the_formulas(cases, data, include_self):
-    n, d = data.draw(cases.small_shapes)
+def test_gradients_are_the_formulas(data, include_self):
+    n, d = data.draw(small_shapes)
     student, teacher = (
-        data.draw(cases.embeddings(n, d, dtype=torch.float64, extreme=False)) for _ in range(2)
+        data.draw(embeddings(n, d, dtype=torch.float64, extreme=False)) for _ in range(2)
     )
-    temperature = data.draw(cases.log_uniform(-2, 3))
+    temperature = data.draw(log_uniform(-2, 3))
     assume((student.norm(dim=1) > 0).all())
     gradients = []
-    for function in (listwise_kl, lambda *args: plain_kl(cases, *args)):
+    for function in (listwise_kl, kl_formula):
         x = student.clone().requires_grad_()
         function(x, teacher, temperature, include_self).sum().backward()
         gradients.append(x.grad * student.norm(dim=1, keepdim=True))
@@ -66,42 +69,42 @@ def test_gradients_are_the_formulas(cases, data, include_self):
 
 
 @given(data=st.data())
-def test_order_and_scale_do_not_matter(cases, data):
-    n, d = data.draw(cases.shapes)
-    student, teacher = (data.draw(cases.embeddings(n, d, extreme=False)) for _ in range(2))
-    temperature = data.draw(cases.log_uniform(-1, 3))
+def test_order_and_scale_do_not_matter(data):
+    n, d = data.draw(shapes)
+    student, teacher = (data.draw(embeddings(n, d, extreme=False)) for _ in range(2))
+    temperature = data.draw(log_uniform(-1, 3))
     kl = listwise_kl(student, teacher, temperature)
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(data.draw(cases.seeds)))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(data.draw(seeds)))
     permuted = listwise_kl(student[order], teacher[order], temperature)
     assert torch.allclose(permuted, kl[order], rtol=1e-4, atol=1e-4 / temperature)
     factor = 2.0 ** data.draw(st.integers(-6, 6))
     scaled = student * factor
     assume(scaled.isfinite().all() and torch.equal(scaled / factor, student))
-    assume(cases.norms_are_ordinary(student * 1e-3))
+    assume(norms_fit_float32(student * 1e-3))
     assert torch.equal(listwise_kl(scaled, teacher, temperature), kl)
 
 
 @given(data=st.data())
-def test_nothing_to_learn_from_oneself(cases, data):
-    n, d = data.draw(cases.shapes)
-    x = data.draw(cases.embeddings(n, d))
-    temperature = data.draw(cases.log_uniform(-3, 3))
+def test_nothing_to_learn_from_oneself(data):
+    n, d = data.draw(shapes)
+    x = data.draw(embeddings(n, d))
+    temperature = data.draw(log_uniform(-3, 3))
     assert (listwise_kl(x, x.clone(), temperature) == 0).all()
 
 
 @given(data=st.data())
-def test_broken_rows_stay_in_their_list(cases, data):
-    n, d = data.draw(cases.shapes)
-    x, g = (data.draw(cases.embeddings(n, d, broken=True)) for _ in range(2))
+def test_broken_rows_stay_in_their_list(data):
+    n, d = data.draw(shapes)
+    x, g = (data.draw(embeddings(n, d, non_finite=True)) for _ in range(2))
     losses = ListwiseDistillationLoss(reducer=DoNothingReducer())(x, ref_emb=g)["loss"]["losses"]
     if x.isfinite().all() and g.isfinite().all() and n:
         assert losses.isfinite().all()
 
 
 @given(data=st.data())
-def test_refusals(cases, data):
-    n, d = data.draw(cases.small_shapes)
-    torch.manual_seed(data.draw(cases.seeds))
+def test_refusals(data):
+    n, d = data.draw(small_shapes)
+    torch.manual_seed(data.draw(seeds))
     x = torch.randn(n, d)
     loss_func = ListwiseDistillationLoss()
     calls = {
@@ -116,4 +119,4 @@ def test_refusals(cases, data):
         "labels of other rows": lambda: loss_func(x, torch.zeros(n + 1), ref_emb=x.clone()),
     }
     for name, call_wrongly in calls.items():
-        cases.assert_refused_without_a_trace(loss_func, call_wrongly, name)
+        assert_refused_without_change(loss_func, call_wrongly, name)

@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pytorch_metric_learning.losses import ContrastiveLoss
 
+from helpers.state import assert_refused_without_change, same_state, state_is_finite
+from helpers.strategies import class_labels, embeddings, log_uniform, seeds
 from pml_extras.distillation import EMATeacher, SelfDistillation, SnapshotTeacher
 from pml_extras.losses import CenterContrastiveLoss, ListwiseDistillationLoss
 
@@ -20,8 +22,8 @@ BASES = {
 }
 
 
-def draw_setting(data, cases, kind, d):
-    torch.manual_seed(data.draw(cases.seeds))
+def draw_setting(data, kind, d):
+    torch.manual_seed(data.draw(seeds))
     trunk = torch.nn.Linear(3, 4)
     embedder = torch.nn.Linear(4, d) if data.draw(st.booleans()) or d != 4 else None
     teacher = kind(trunk, embedder)
@@ -31,7 +33,7 @@ def draw_setting(data, cases, kind, d):
         teacher,
         num_epochs=data.draw(st.integers(1, 4)),
         alpha=data.draw(st.sampled_from([0.0, 1.0, 50.0])),
-        temperature=data.draw(cases.log_uniform(-1, 2)),
+        temperature=data.draw(log_uniform(-1, 2)),
     )
     return student, teacher, loss_func
 
@@ -53,9 +55,9 @@ def close(a, b):
 
 @TEACHERS
 @given(data=st.data(), d=st.integers(1, 6))
-def test_value_schedule_and_teacher(cases, data, d, kind):
-    student, teacher, loss_func = draw_setting(data, cases, kind, d)
-    generator = torch.Generator().manual_seed(data.draw(cases.seeds))
+def test_value_schedule_and_teacher(data, d, kind):
+    student, teacher, loss_func = draw_setting(data, kind, d)
+    generator = torch.Generator().manual_seed(data.draw(seeds))
     listwise = ListwiseDistillationLoss(temperature=loss_func.temperature)
     expected_teacher = weights(student)
     first = True
@@ -93,28 +95,28 @@ def test_value_schedule_and_teacher(cases, data, d, kind):
 
 @TEACHERS
 @given(data=st.data(), d=st.integers(1, 6))
-def test_broken_batches_break_no_state(cases, data, d, kind):
-    student, teacher, loss_func = draw_setting(data, cases, kind, d)
+def test_broken_batches_break_no_state(data, d, kind):
+    student, teacher, loss_func = draw_setting(data, kind, d)
     loss_func.epoch = 1
     n = data.draw(st.integers(1, 12))
     before = weights(teacher.network)
-    inputs = data.draw(cases.embeddings(n, 3, dtype=torch.float32, broken=True))
-    y = data.draw(cases.class_labels(n, 5))
+    inputs = data.draw(embeddings(n, 3, dtype=torch.float32, non_finite=True))
+    y = data.draw(class_labels(n, 5))
     x = student(inputs)
     loss = loss_func(x, y)
     if x.isfinite().all() and inputs.isfinite().all():
         assert loss.isfinite()
     assert close(before, weights(teacher.network))
-    assert cases.state_is_finite(loss_func.state_dict())
+    assert state_is_finite(loss_func.state_dict())
     loss_func.end_epoch()
-    assert cases.state_is_finite(loss_func.state_dict())
+    assert state_is_finite(loss_func.state_dict())
 
 
 @TEACHERS
 @given(data=st.data(), d=st.integers(1, 6))
-def test_resuming_goes_on_exactly(cases, data, d, kind):
-    student, _, loss_func = draw_setting(data, cases, kind, d)
-    generator = torch.Generator().manual_seed(data.draw(cases.seeds))
+def test_resuming_goes_on_exactly(data, d, kind):
+    student, _, loss_func = draw_setting(data, kind, d)
+    generator = torch.Generator().manual_seed(data.draw(seeds))
 
     def train(student, loss_func, plan, generator):
         values = []
@@ -149,7 +151,7 @@ def test_resuming_goes_on_exactly(cases, data, d, kind):
     for load in parts[:: data.draw(st.sampled_from([1, -1]))]:
         load()
     resumed_again = copy.deepcopy((resumed_student.state_dict(), resumed.state_dict()))
-    assert cases.same_state(resumed_again[0], saved[0])
+    assert same_state(resumed_again[0], saved[0])
     resumed_generator = torch.Generator()
     resumed_generator.set_state(saved[2])
     assert train(resumed_student, resumed, plans[1], resumed_generator) == expected
@@ -157,8 +159,8 @@ def test_resuming_goes_on_exactly(cases, data, d, kind):
 
 @TEACHERS
 @given(data=st.data(), d=st.integers(1, 6))
-def test_refusals_leave_no_trace(cases, data, d, kind):
-    student, teacher, loss_func = draw_setting(data, cases, kind, d)
+def test_refusals_leave_no_trace(data, d, kind):
+    student, teacher, loss_func = draw_setting(data, kind, d)
     loss_func.epoch, loss_func.alpha = 1, 1.0
     n = data.draw(st.integers(2, 12))
     inputs, y = torch.randn(n, 3), torch.randint(5, (n,))
@@ -171,15 +173,15 @@ def test_refusals_leave_no_trace(cases, data, d, kind):
     name = data.draw(st.sampled_from(list(calls)))
     if name == "no pass":
         teacher.forget()
-    cases.assert_refused_without_a_trace(loss_func, calls[name], name)
+    assert_refused_without_change(loss_func, calls[name], name)
     # and the next batch is as any other
     assert loss_func(student(inputs), y).isfinite()
 
 
 @TEACHERS
 @given(data=st.data(), d=st.integers(1, 6))
-def test_testing_leaves_no_trace(cases, data, d, kind):
-    student, teacher, loss_func = draw_setting(data, cases, kind, d)
+def test_testing_leaves_no_trace(data, d, kind):
+    student, teacher, loss_func = draw_setting(data, kind, d)
     loss_func.epoch, loss_func.alpha = 1, 1.0
     n = data.draw(st.integers(1, 12))
     inputs, y = torch.randn(n, 3), torch.randint(5, (n,))
