@@ -1,4 +1,4 @@
-"""Properties of CenterContrastiveLoss in both modes."""
+"""Properties of CenterContrastiveLoss, for both kinds of center update."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from helpers.state import assert_refused_without_change, same_state, state_is_fi
 from helpers.strategies import class_labels, embeddings, log_uniform, seeds, shapes, small_shapes
 from pml_extras.losses import CenterContrastiveLoss
 
-MODES = pytest.mark.parametrize("center_update", ["gradient", "ema"])
+CENTER_UPDATES = pytest.mark.parametrize("center_update", ["gradient", "ema"])
 WEIGHTS = st.sampled_from([0.0, 1.5, 1e3])
 
 
@@ -48,20 +48,20 @@ def per_sample(loss_func, x, y, *args):
 
 
 def loss_formula(loss_func, x, y):
-    """The docstring's formula, in float64, with the centers as they are."""
+    """The docstring's formula in float64, with the current centers."""
     x, c, y = normalized(x), normalized(loss_func.centers.detach()), y.long()
     rows = torch.arange(len(x))
     z = loss_func.scale * x @ c.T
     distances = 2 - 2 * z[rows, y] / loss_func.scale
     z[rows, y] -= loss_func.scale * loss_func.margin
-    takes_part = torch.ones(len(x), len(c), dtype=torch.bool)
+    class_mask = torch.ones(len(x), len(c), dtype=torch.bool)
     if loss_func.center_update == "ema":
-        takes_part = (loss_func.class_counts > 0).expand(len(x), -1).clone()
-        takes_part[rows, y] = True
-    log_p = z.masked_fill(~takes_part, -1e300).log_softmax(1)
+        class_mask = (loss_func.class_counts > 0).expand(len(x), -1).clone()
+        class_mask[rows, y] = True
+    log_p = z.masked_fill(~class_mask, -1e300).log_softmax(1)
     smoothing = loss_func.label_smoothing
     loss = -(1 - smoothing) * log_p[rows, y]
-    loss = loss - smoothing * (log_p * takes_part).sum(1) / takes_part.sum(1)
+    loss = loss - smoothing * (log_p * class_mask).sum(1) / class_mask.sum(1)
     return loss + loss_func.center_weight * distances
 
 
@@ -69,9 +69,9 @@ def tolerance(loss_func, losses):
     return 1e-5 * (1 + losses.abs() + loss_func.scale + loss_func.center_weight)
 
 
-@MODES
+@CENTER_UPDATES
 @given(data=st.data(), num_classes=st.integers(1, 12))
-def test_values_and_gradients(data, num_classes, center_update):
+def test_values_match_the_formula_and_gradients_are_finite(data, num_classes, center_update):
     n, d = data.draw(shapes)
     loss_func = draw_loss(data, num_classes, d, center_update)
     x, y = draw_batch(data, n, d, num_classes)
@@ -94,7 +94,7 @@ def test_values_and_gradients(data, num_classes, center_update):
 
 
 @given(data=st.data(), num_classes=st.integers(1, 12))
-def test_averages_are_the_formulas(data, num_classes):
+def test_ema_centers_match_the_formula(data, num_classes):
     n, d = data.draw(shapes)
     loss_func = draw_loss(data, num_classes, d, "ema")
     for _ in range(data.draw(st.integers(1, 3))):
@@ -103,16 +103,17 @@ def test_averages_are_the_formulas(data, num_classes):
         old, old_counts = loss_func.centers.double(), loss_func.class_counts.clone()
         loss_func(x, y)
         for c in range(num_classes):
-            members = normalized(x)[y.long() == c]
-            assert loss_func.class_counts[c] == old_counts[c] + len(members)
-            if len(members) == 0:
+            class_rows = normalized(x)[y.long() == c]
+            assert loss_func.class_counts[c] == old_counts[c] + len(class_rows)
+            if len(class_rows) == 0:
                 assert torch.equal(loss_func.centers[c].double(), old[c])
                 continue
-            mean = members.mean(0)
+            mean = class_rows.mean(0)
             new = mean / mean.norm().clamp_min(1e-12)
             if old_counts[c]:
                 new = loss_func.momentum * old[c] + (1 - loss_func.momentum) * new
-            if mean.norm() > 1e-2 and new.norm() > 1e-2:  # else the members cancel
+            # Opposite embeddings cancel out and leave only rounding errors.
+            if mean.norm() > 1e-2 and new.norm() > 1e-2:
                 error = loss_func.centers[c].double() - new / new.norm()
                 assert error.norm() < 1e-4
         assert state_is_finite(state_of(loss_func))
@@ -121,28 +122,28 @@ def test_averages_are_the_formulas(data, num_classes):
 
 
 @given(data=st.data(), num_classes=st.integers(1, 12))
-def test_broken_rows_are_as_if_left_out_of_the_averages(data, num_classes):
+def test_ema_centers_ignore_non_finite_rows(data, num_classes):
     n, d = data.draw(shapes)
-    with_them = draw_loss(data, num_classes, d, "ema")
-    without_them = copy.deepcopy(with_them)
+    on_all_rows = draw_loss(data, num_classes, d, "ema")
+    on_finite_rows = copy.deepcopy(on_all_rows)
     for _ in range(2):
         x, y = draw_batch(data, n, d, num_classes, non_finite=True)
         finite = x.float().isfinite().all(1)
-        loss = with_them(x, y)
-        without_them(x[finite], y.long()[finite])
-        assert same_state(with_them.state_dict(), without_them.state_dict())
+        loss = on_all_rows(x, y)
+        on_finite_rows(x[finite], y.long()[finite])
+        assert same_state(on_all_rows.state_dict(), on_finite_rows.state_dict())
         if finite.all():
             assert loss.isfinite()
         elif n:
-            losses = per_sample(with_them.eval(), x, y)
+            losses = per_sample(on_all_rows.eval(), x, y)
             assert losses[finite].isfinite().all()
-            with_them.train()
-    assert state_is_finite(with_them.state_dict())
+            on_all_rows.train()
+    assert state_is_finite(on_all_rows.state_dict())
 
 
-@MODES
+@CENTER_UPDATES
 @given(data=st.data(), num_classes=st.integers(1, 12))
-def test_order_does_not_matter(data, num_classes, center_update):
+def test_sample_order_does_not_matter(data, num_classes, center_update):
     n, d = data.draw(shapes)
     one = draw_loss(data, num_classes, d, center_update)
     other = copy.deepcopy(one)
@@ -154,9 +155,9 @@ def test_order_does_not_matter(data, num_classes, center_update):
     assert ((error <= tolerance(one, losses[order])) | error.isnan()).all()
 
 
-@MODES
+@CENTER_UPDATES
 @given(data=st.data(), num_classes=st.integers(1, 12), exponent=st.integers(-6, 6))
-def test_scale_does_not_matter(data, num_classes, exponent, center_update):
+def test_embedding_norms_do_not_matter(data, num_classes, exponent, center_update):
     n, d = data.draw(shapes)
     one = draw_loss(data, num_classes, d, center_update)
     other = copy.deepcopy(one)
@@ -172,9 +173,9 @@ def test_scale_does_not_matter(data, num_classes, exponent, center_update):
         assert same_state(one.state_dict(), other.state_dict())
 
 
-@MODES
+@CENTER_UPDATES
 @given(data=st.data(), num_classes=st.integers(1, 12), smoothing=st.sampled_from([0.0, 0.1]))
-def test_eval_mode_only_looks(data, num_classes, smoothing, center_update):
+def test_eval_mode_keeps_the_state(data, num_classes, smoothing, center_update):
     n, d = data.draw(shapes)
     loss_func = draw_loss(data, num_classes, d, center_update, collect_stats=True)
     loss_func.label_smoothing = smoothing
@@ -192,9 +193,9 @@ def test_eval_mode_only_looks(data, num_classes, smoothing, center_update):
     assert not logits.isnan().any()
 
 
-@MODES
+@CENTER_UPDATES
 @given(data=st.data(), num_classes=st.integers(1, 12))
-def test_miners_tuples_are_weights(data, num_classes, center_update):
+def test_a_miners_tuples_weight_the_samples(data, num_classes, center_update):
     n, d = data.draw(small_shapes)
     loss_func = draw_loss(data, num_classes, d, center_update)
     x, y = draw_batch(data, n, d, num_classes)
@@ -212,21 +213,21 @@ def test_miners_tuples_are_weights(data, num_classes, center_update):
     assert torch.allclose(per_sample(loss_func, x, y, indices).double(), expected, rtol=1e-5)
 
 
-@MODES
+@CENTER_UPDATES
 @given(data=st.data())
-def test_refusals_leave_no_trace(data, center_update):
+def test_refused_input_does_not_change_the_state(data, center_update):
     (n, d), c = data.draw(small_shapes), 5
     loss_func = draw_loss(data, c, d, center_update)
     x, y = torch.randn(n, d), torch.randint(c, (n,))
     loss_func(x, y)
-    wrong = y.clone()
-    wrong[data.draw(st.integers(0, n - 1))] = data.draw(
+    invalid_labels = y.clone()
+    invalid_labels[data.draw(st.integers(0, n - 1))] = data.draw(
         st.sampled_from([-1, c, 2**40, -(2**63), 2**63 - 1])
     )
     index = torch.zeros(1).long()
-    far = index + n
-    calls = {
-        "wrong label": lambda: loss_func(x, wrong),
+    out_of_range = index + n
+    invalid_calls = {
+        "label out of range": lambda: loss_func(x, invalid_labels),
         "no labels": lambda: loss_func(x),
         "float labels": lambda: loss_func(x, y.float()),
         "fewer labels": lambda: loss_func(x, y[1:]),
@@ -237,12 +238,12 @@ def test_refusals_leave_no_trace(data, center_update):
         "integers": lambda: loss_func(x.long(), y),
         "complex": lambda: loss_func(x.cfloat(), y),
         "references": lambda: loss_func(x, y, ref_emb=x.clone(), ref_labels=y.clone()),
-        "triplets out of range": lambda: loss_func(x, y, (index, index, far)),
-        "pairs out of range": lambda: loss_func(x, y, (index, index, index, far)),
+        "triplets out of range": lambda: loss_func(x, y, (index, index, out_of_range)),
+        "pairs out of range": lambda: loss_func(x, y, (index, index, index, out_of_range)),
         "float tuple": lambda: loss_func(x, y, (index, index, index + 0.5)),
     }
-    for name, call_wrongly in calls.items():
-        assert_refused_without_change(loss_func, call_wrongly, name)
+    for name, invalid_call in invalid_calls.items():
+        assert_refused_without_change(loss_func, invalid_call, name)
 
 
 @given(
@@ -252,6 +253,6 @@ def test_refusals_leave_no_trace(data, center_update):
     ),
     value=st.sampled_from([-1.0, float("nan"), -float("inf")]),
 )
-def test_settings_are_checked(data, name, value):
+def test_hyperparameters_are_checked(data, name, value):
     with pytest.raises(ValueError, match=name):
         CenterContrastiveLoss(**{"num_classes": 2, "embedding_size": 2, name: value})

@@ -17,7 +17,7 @@ from pml_extras.regularizers import ClassInterferenceRegularizer
 
 
 def draw_regularizer(data, num_classes, d, **kwargs):
-    settings = {
+    hyperparameters = {
         "strength": data.draw(st.sampled_from([0.0, 0.1, 0.49])),
         "probability": data.draw(st.sampled_from([0.0, 0.5, 1.0])),
         "momentum": data.draw(st.sampled_from([0.0, 0.5, 0.9, 1.0])),
@@ -25,7 +25,7 @@ def draw_regularizer(data, num_classes, d, **kwargs):
         "random_strength": data.draw(st.booleans()),
         "generator": torch.Generator().manual_seed(data.draw(seeds)),
     }
-    return ClassInterferenceRegularizer(num_classes, d, **(settings | kwargs))
+    return ClassInterferenceRegularizer(num_classes, d, **(hyperparameters | kwargs))
 
 
 def draw_batch(data, n, d, num_classes, **kwargs):
@@ -33,7 +33,7 @@ def draw_batch(data, n, d, num_classes, **kwargs):
 
 
 @given(data=st.data(), num_classes=st.integers(2, 12))
-def test_moves_within_bounds_towards_another_class(data, num_classes):
+def test_embeddings_move_toward_the_mean_of_another_class(data, num_classes):
     n, d = data.draw(shapes)
     regularizer = draw_regularizer(data, num_classes, d)
     for _ in range(data.draw(st.integers(0, 2))):
@@ -41,17 +41,17 @@ def test_moves_within_bounds_towards_another_class(data, num_classes):
     x, y = draw_batch(data, n, d, num_classes, extreme=False)
     x.requires_grad_()
     means, counts = regularizer.class_means.double(), regularizer.class_counts.clone()
-    moved = regularizer.interfere(x, y)
-    assert moved.shape == x.shape
-    assert moved.dtype == x.dtype
-    assert moved.isfinite().all()
-    moved.sum().backward()
+    perturbed = regularizer.interfere(x, y)
+    assert perturbed.shape == x.shape
+    assert perturbed.dtype == x.dtype
+    assert perturbed.isfinite().all()
+    perturbed.sum().backward()
     if gradients_fit_dtype(x, 4):
         assert x.grad.isfinite().all()
-    clean = normalized(x.detach()) if regularizer.normalize else x.detach().double()
+    inputs = normalized(x.detach()) if regularizer.normalize else x.detach().double()
     eps = torch.finfo(x.dtype).eps + 1e-6
-    for before, after, label in zip(clean, moved.detach().double(), y.long(), strict=True):
-        # Where along each segment to another class's mean could it lie, and how far from that?
+    for before, after, label in zip(inputs, perturbed.detach().double(), y.long(), strict=True):
+        # Compare with the points on the segments from the embedding to the other classes' means.
         targets = means[(counts > 0) & (torch.arange(num_classes) != label)]
         candidates = [before[None]]
         if len(targets):
@@ -60,12 +60,12 @@ def test_moves_within_bounds_towards_another_class(data, num_classes):
             else:
                 direction = targets - before
                 length = direction.square().sum(1, keepdim=True).clamp_min(1e-300)
-                share = ((after - before) * direction).sum(1, keepdim=True) / length
-                if regularizer.normalize:  # solve for the share on the chord instead
-                    shares = torch.linspace(0, regularizer.strength, 2000)[:, None, None]
-                    candidates.append((before + shares * direction).flatten(0, 1))
+                step_size = ((after - before) * direction).sum(1, keepdim=True) / length
+                if regularizer.normalize:  # normalized afterwards, so search the segment
+                    step_sizes = torch.linspace(0, regularizer.strength, 2000)[:, None, None]
+                    candidates.append((before + step_sizes * direction).flatten(0, 1))
                 else:
-                    candidates.append(before + share.clamp(0, regularizer.strength) * direction)
+                    candidates.append(before + step_size.clamp(0, regularizer.strength) * direction)
         points = torch.cat(candidates)
         if regularizer.normalize:
             points = points / points.norm(dim=1, keepdim=True).clamp_min(1e-12)
@@ -74,13 +74,13 @@ def test_moves_within_bounds_towards_another_class(data, num_classes):
         )
         slack = 4 * eps * size * d**0.5
         if regularizer.normalize:
-            # A short sum of long vectors magnifies rounding.
+            # Normalizing a point close to zero magnifies rounding.
             slack = slack * 20 + (1e-3 if regularizer.random_strength else 0)
         assert (points - after).norm(dim=1).min() <= slack
 
 
 @given(data=st.data(), num_classes=st.integers(2, 12))
-def test_means_are_the_formulas(data, num_classes):
+def test_class_means_match_the_formula(data, num_classes):
     n, d = data.draw(shapes)
     regularizer = draw_regularizer(data, num_classes, d)
     for _ in range(data.draw(st.integers(1, 3))):
@@ -89,40 +89,40 @@ def test_means_are_the_formulas(data, num_classes):
             assume(norms_fit_float32(x))
         old, counts = regularizer.class_means.double(), regularizer.class_counts.clone()
         regularizer.interfere(x, y)
-        clean = normalized(x) if regularizer.normalize else x.double()
+        inputs = normalized(x) if regularizer.normalize else x.double()
         for c in range(num_classes):
-            members = clean[y.long() == c]
-            assert regularizer.class_counts[c] == counts[c] + len(members)
+            class_rows = inputs[y.long() == c]
+            assert regularizer.class_counts[c] == counts[c] + len(class_rows)
             expected = old[c]
-            if len(members):
+            if len(class_rows):
                 beta = regularizer.momentum if counts[c] else 0
-                expected = beta * old[c] + (1 - beta) * members.mean(0)
-            size = float(torch.cat([members.flatten(), old[c]]).abs().max())
+                expected = beta * old[c] + (1 - beta) * class_rows.mean(0)
+            size = float(torch.cat([class_rows.flatten(), old[c]]).abs().max())
             error = (regularizer.class_means[c].double() - expected).abs()
             assert (error <= 1e-6 * size + 1e-44).all()
     assert state_is_finite(regularizer.state_dict())
 
 
 @given(data=st.data(), num_classes=st.integers(2, 12))
-def test_broken_rows_are_as_if_left_out_of_the_means(data, num_classes):
+def test_class_means_ignore_non_finite_rows(data, num_classes):
     n, d = data.draw(shapes)
-    with_them = draw_regularizer(data, num_classes, d)
-    without_them = ClassInterferenceRegularizer(
-        num_classes, d, momentum=with_them.momentum, normalize=with_them.normalize
+    on_all_rows = draw_regularizer(data, num_classes, d)
+    on_finite_rows = ClassInterferenceRegularizer(
+        num_classes, d, momentum=on_all_rows.momentum, normalize=on_all_rows.normalize
     )
     for _ in range(3):
         x, y = draw_batch(data, n, d, num_classes, non_finite=True, extreme=False)
         finite = x.isfinite().all(1)
-        interfered = with_them.interfere(x, y)
-        assert interfered[finite].isfinite().all()
-        without_them.interfere(x[finite], y.long()[finite])
+        perturbed = on_all_rows.interfere(x, y)
+        assert perturbed[finite].isfinite().all()
+        on_finite_rows.interfere(x[finite], y.long()[finite])
         for name in ("class_means", "class_counts"):
-            assert torch.equal(getattr(with_them, name), getattr(without_them, name))
-    assert state_is_finite(with_them.state_dict())
+            assert torch.equal(getattr(on_all_rows, name), getattr(on_finite_rows, name))
+    assert state_is_finite(on_all_rows.state_dict())
 
 
 @given(data=st.data(), num_classes=st.integers(2, 12))
-def test_anything_finite_keeps_the_state_finite(data, num_classes):
+def test_state_stays_finite(data, num_classes):
     n, d = data.draw(shapes)
     regularizer = draw_regularizer(data, num_classes, d)
     for _ in range(3):
@@ -134,7 +134,7 @@ def test_anything_finite_keeps_the_state_finite(data, num_classes):
 
 
 @given(data=st.data(), num_classes=st.integers(2, 12))
-def test_order_does_not_matter_to_the_means(data, num_classes):
+def test_class_means_do_not_depend_on_the_sample_order(data, num_classes):
     n, d = data.draw(shapes)
     one = draw_regularizer(data, num_classes, d)
     other = ClassInterferenceRegularizer(
@@ -170,7 +170,7 @@ BASES = {
 
 
 @given(data=st.data(), base=st.sampled_from(list(BASES)), num_classes=st.integers(2, 12))
-def test_attached_is_the_loss_of_what_interfere_returns(data, base, num_classes):
+def test_attached_loss_equals_the_loss_of_perturbed_embeddings(data, base, num_classes):
     n, d = data.draw(shapes)
     n = max(n, 1)
     regularizer = draw_regularizer(data, num_classes, d)
@@ -202,7 +202,7 @@ def test_attached_is_the_loss_of_what_interfere_returns(data, base, num_classes)
 
 @pytest.mark.parametrize("attached", [False, True])
 @given(data=st.data())
-def test_refusals_leave_no_trace(data, attached):
+def test_refused_input_does_not_change_the_state(data, attached):
     (n, d), c = data.draw(small_shapes), 5
     regularizer = draw_regularizer(data, c, d)
     torch.manual_seed(data.draw(seeds))
@@ -210,12 +210,12 @@ def test_refusals_leave_no_trace(data, attached):
     loss_func = regularizer.attach(losses.ContrastiveLoss()) if attached else regularizer
     call = loss_func if attached else regularizer.interfere
     call(x, y)
-    wrong = y.clone()
-    wrong[data.draw(st.integers(0, n - 1))] = data.draw(
+    invalid_labels = y.clone()
+    invalid_labels[data.draw(st.integers(0, n - 1))] = data.draw(
         st.sampled_from([-1, c, 2**40, -(2**63), 2**63 - 1])
     )
-    calls = {
-        "wrong label": lambda: call(x, wrong),
+    invalid_calls = {
+        "label out of range": lambda: call(x, invalid_labels),
         "no labels": lambda: call(x, None),
         "float labels": lambda: call(x, y.float()),
         "fewer labels": lambda: call(x, y[1:]),
@@ -226,5 +226,5 @@ def test_refusals_leave_no_trace(data, attached):
         "integers": lambda: call(x.long(), y),
         "complex": lambda: call(x.cfloat(), y),
     }
-    for name, call_wrongly in calls.items():
-        assert_refused_without_change(loss_func, call_wrongly, name)
+    for name, invalid_call in invalid_calls.items():
+        assert_refused_without_change(loss_func, invalid_call, name)

@@ -27,9 +27,9 @@ SLACKS = st.sampled_from([0.0, 1e-3, 0.05, 0.5, 2.0, 4.0])
 WITH_REFERENCES = pytest.mark.parametrize("with_references", [False, True])
 
 
-def draw_call(data, shapes, with_references, **kwargs):
-    """Arguments of a call of the loss."""
-    n, d = data.draw(shapes)
+def draw_inputs(data, sizes, with_references, **kwargs):
+    """Embeddings, labels, references and their labels."""
+    n, d = data.draw(sizes)
     x, y = data.draw(embeddings(n, d, **kwargs)), data.draw(any_labels(n))
     if not with_references:
         return x, y, None, None
@@ -92,7 +92,7 @@ def contrastive_formula(loss_func, similarities, pairs):
 @WITH_REFERENCES
 @given(data=st.data(), with_tuple=st.booleans())
 def test_values_and_gradients_are_bounded(data, with_tuple, with_references):
-    x, y, ref, ref_y = draw_call(data, shapes, with_references)
+    x, y, ref, ref_y = draw_inputs(data, shapes, with_references)
     x.requires_grad_()
     loss_func = draw_loss(data)
     indices = None
@@ -101,7 +101,7 @@ def test_values_and_gradients_are_bounded(data, with_tuple, with_references):
     loss = loss_func(x, y, indices, ref, ref_y)
     loss.backward()
     assert loss.isfinite()
-    # 0.4 x 1 + 0.5 x (2 + 2) + 0.1 x 2^2, weights times the largest values
+    # The weights times the largest values of the terms: 0.4 * 1 + 0.5 * (2 + 2) + 0.1 * 2**2.
     assert -1e-5 <= loss <= 2.8 + 1e-4
     if gradients_fit_dtype(x, 1e3):
         assert x.grad.isfinite().all()
@@ -114,8 +114,8 @@ def test_values_and_gradients_are_bounded(data, with_tuple, with_references):
 
 @WITH_REFERENCES
 @given(data=st.data(), with_tuple=st.booleans())
-def test_values_are_the_formulas(data, with_tuple, with_references):
-    x, y, ref, ref_y = draw_call(data, small_shapes, with_references)
+def test_values_match_the_formulas(data, with_tuple, with_references):
+    x, y, ref, ref_y = draw_inputs(data, small_shapes, with_references)
     loss_func = draw_loss(
         data, contextual_weight=1.0, contrastive_weight=1.0, similarity_weight=1.0
     )
@@ -129,23 +129,24 @@ def test_values_are_the_formulas(data, with_tuple, with_references):
     assume(has_no_near_ties(distances, k, slack, ref_distances))
 
     same = y[:, None] == r_y
-    itself = (
+    self_match_mask = (
         (x[:, None].double() == r.double()).all(2) if ref is not None else torch.eye(len(x)) > 0
     )
-    assume(not (x == 0).any(1).any())  # -0.0 is no copy of 0.0
+    assume(not (x == 0).any(1).any())  # -0.0 and 0.0 are equal but not duplicates
     pairs = (*same.nonzero().T, *(~same).nonzero().T)
     if ref is None:
-        pairs = (*(same & ~itself).nonzero().T, *pairs[2:])
+        pairs = (*(same & ~self_match_mask).nonzero().T, *pairs[2:])
     indices = None
     if with_tuple:
         indices, pairs = draw_pairs(data, y, r_y)
     context = contextual_similarity_formula(distances, k, slack, ref_distances)
+    errors = (context - same.double()).square()
     expected = {
-        "contextual_loss": ((context - same.double()).square() * ~itself).sum(1).mean() / len(r),
+        "contextual_loss": (errors * ~self_match_mask).sum(1).mean() / len(r),
         "contrastive_loss": contrastive_formula(loss_func, s, pairs),
         "similarity_loss": (s.mean() - loss_func.target_similarity) ** 2,
     }
-    # Which pairs are active is a threshold too.
+    # The contrastive loss has thresholds, too.
     margins = (loss_func.pos_margin - s).abs().min(), (s - loss_func.neg_margin).abs().min()
     actual = terms(loss_func, x, y, indices, ref, ref_y)
     for name, value in expected.items():
@@ -156,8 +157,8 @@ def test_values_are_the_formulas(data, with_tuple, with_references):
 
 @WITH_REFERENCES
 @given(data=st.data())
-def test_order_does_not_matter(data, with_references):
-    x, y, ref, ref_y = draw_call(data, small_shapes, with_references, extreme=False)
+def test_sample_order_does_not_matter(data, with_references):
+    x, y, ref, ref_y = draw_inputs(data, small_shapes, with_references, extreme=False)
     loss_func = draw_loss(data)
     r = x if ref is None else ref
     assume(len(r) and norms_fit_float32(x, r))
@@ -169,19 +170,19 @@ def test_order_does_not_matter(data, with_references):
     assume((s - loss_func.neg_margin).abs().min() > 1e-4)
     generator = torch.Generator().manual_seed(data.draw(seeds))
     order = torch.randperm(len(x), generator=generator)
-    before = terms(loss_func, x, y, None, ref, ref_y)
+    expected = terms(loss_func, x, y, None, ref, ref_y)
     if ref is not None:
         ref_order = torch.randperm(len(ref), generator=generator)
         ref, ref_y = ref[ref_order], ref_y[ref_order]
-    after = terms(loss_func, x[order], y[order], None, ref, ref_y)
-    for name in before:
-        assert torch.allclose(after[name], before[name][order], atol=2e-5), name
+    actual = terms(loss_func, x[order], y[order], None, ref, ref_y)
+    for name in expected:
+        assert torch.allclose(actual[name], expected[name][order], atol=2e-5), name
 
 
 @WITH_REFERENCES
 @given(data=st.data(), exponent=st.integers(-6, 6))
-def test_scale_does_not_matter(data, exponent, with_references):
-    x, y, ref, ref_y = draw_call(data, shapes, with_references, extreme=False)
+def test_embedding_norms_do_not_matter(data, exponent, with_references):
+    x, y, ref, ref_y = draw_inputs(data, shapes, with_references, extreme=False)
     loss_func = draw_loss(data)
     factor = 2.0**exponent
     for rows in (x, ref):
@@ -191,8 +192,8 @@ def test_scale_does_not_matter(data, exponent, with_references):
             assume(norms_fit_float32(rows * 1e-3))
     x.requires_grad_()
     loss = loss_func(x, y, None, ref, ref_y)
-    y_again = loss_func(x * factor, y, None, None if ref is None else ref * factor, ref_y)
-    assert torch.equal(loss, y_again)
+    scaled_loss = loss_func(x * factor, y, None, None if ref is None else ref * factor, ref_y)
+    assert torch.equal(loss, scaled_loss)
 
 
 @given(data=st.data())
@@ -213,13 +214,13 @@ def test_similarity_is_symmetric_and_in_the_unit_interval(data):
 
 
 @given(data=st.data())
-def test_the_batch_as_its_own_references(data):
-    """Queries that are the references themselves get the similarities of a batch with itself."""
+def test_references_equal_to_the_batch_change_nothing(data):
+    """Queries that equal the references get the same similarities as a batch without any."""
     n, d = data.draw(small_shapes)
     x = data.draw(embeddings(n, d, dtype=torch.float64, extreme=False))
     k, slack = data.draw(NEIGHBORS), data.draw(SLACKS)
     s = normalized(x) @ normalized(x).T
-    s.fill_diagonal_(1)  # the batch's own rule, which queries do not have
+    s.fill_diagonal_(1)  # within a batch, each sample is its own nearest neighbor
     s = torch.minimum(s, torch.ones(()))
     assume(has_no_near_ties(2 - 2 * s, k, slack, tolerance=1e-9))
     one, other = contextual_similarity(s, k, slack), contextual_similarity(s, k, slack, s)
@@ -228,8 +229,8 @@ def test_the_batch_as_its_own_references(data):
 
 @WITH_REFERENCES
 @given(data=st.data(), collect_stats=st.booleans())
-def test_broken_rows_break_no_more_than_the_value(data, collect_stats, with_references):
-    x, y, ref, ref_y = draw_call(data, shapes, with_references, non_finite=True)
+def test_non_finite_rows_raise_no_error(data, collect_stats, with_references):
+    x, y, ref, ref_y = draw_inputs(data, shapes, with_references, non_finite=True)
     loss_func = draw_loss(data, collect_stats=collect_stats)
     loss = loss_func(x.requires_grad_(), y, None, ref, ref_y)
     loss.backward()
@@ -239,7 +240,7 @@ def test_broken_rows_break_no_more_than_the_value(data, collect_stats, with_refe
 
 
 @given(data=st.data())
-def test_mask_of_copies_hides_them(data):
+def test_masked_pairs_contribute_nothing(data):
     n, d = data.draw(small_shapes)
     x, y = data.draw(embeddings(n, d)), data.draw(any_labels(n))
     s = pairwise_cosine(x)
@@ -249,13 +250,13 @@ def test_mask_of_copies_hides_them(data):
 
 
 @given(data=st.data())
-def test_refusals(data):
+def test_invalid_input_is_refused(data):
     n, d = data.draw(small_shapes)
     loss_func = ContextualLoss()
     torch.manual_seed(data.draw(seeds))
     x, y = torch.randn(n, d), torch.arange(n)
     index = torch.zeros(1).long()
-    calls = {
+    invalid_calls = {
         "no labels": lambda: loss_func(x),
         "fewer labels": lambda: loss_func(x, y[1:]),
         "label columns": lambda: loss_func(x, y[:, None]),
@@ -268,5 +269,5 @@ def test_refusals(data):
         "fewer reference labels": lambda: loss_func(x, y, ref_emb=x.clone(), ref_labels=y[1:]),
         "pairs out of range": lambda: loss_func(x, y, (index, index, index, index + n)),
     }
-    for name, call_wrongly in calls.items():
-        assert_refused_without_change(loss_func, call_wrongly, name)
+    for name, invalid_call in invalid_calls.items():
+        assert_refused_without_change(loss_func, invalid_call, name)

@@ -1,4 +1,4 @@
-"""Properties of the functions that no component's test puts through everything."""
+"""Properties of the functions that the tests of no single component cover."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def draw_means(data, num_classes, d):
 
 
 @given(data=st.data(), num_classes=st.integers(1, 12), normalize=st.booleans())
-def test_moving_means_do_not_depend_on_the_order(data, num_classes, normalize):
+def test_moving_class_means_do_not_depend_on_the_sample_order(data, num_classes, normalize):
     n, d = data.draw(shapes)
     n = max(n, 1)
     x = data.draw(embeddings(n, d, non_finite=True))
@@ -42,7 +42,7 @@ def test_moving_means_do_not_depend_on_the_order(data, num_classes, normalize):
 
 
 @given(data=st.data(), num_classes=st.integers(1, 12))
-def test_moving_means_are_right_and_classes_apart(data, num_classes):
+def test_moving_class_means_match_the_formula(data, num_classes):
     n, d = data.draw(shapes)
     n = max(n, 1)
     x = data.draw(embeddings(n, d, non_finite=True))
@@ -53,19 +53,19 @@ def test_moving_means_are_right_and_classes_apart(data, num_classes):
     finite = x.isfinite().all(1)
     limit = torch.finfo(means.dtype).max
     for i in range(n):
-        members = x[finite & (y == y[i])].double()
-        assert new_counts[i] == counts[y[i]] + len(members)
+        class_rows = x[finite & (y == y[i])].double()
+        assert new_counts[i] == counts[y[i]] + len(class_rows)
         expected = means[y[i]].double()
-        if len(members):
-            mean = members.mean(0)
+        if len(class_rows):
+            mean = class_rows.mean(0)
             expected = 0.7 * expected + 0.3 * mean if counts[y[i]] else mean
         if expected.abs().max() < limit / 2:
-            size = float(torch.cat([members.flatten(), means[y[i]].double()]).abs().max())
+            size = float(torch.cat([class_rows.flatten(), means[y[i]].double()]).abs().max())
             assert ((new[i] - expected).abs() <= 1e-6 * size + 1e-44).all()
 
 
 @given(data=st.data())
-def test_copies_are_the_rows_with_equal_bits(data):
+def test_exact_copies_are_rows_with_equal_bits(data):
     n, d = data.draw(shapes)
     x = data.draw(embeddings(n, d, non_finite=True))
     ref = data.draw(embeddings(data.draw(st.integers(0, 20)), d, dtype=x.dtype, non_finite=True))
@@ -77,12 +77,12 @@ def test_copies_are_the_rows_with_equal_bits(data):
     bits, ref_bits = x.view(integer), ref.view(integer)
     expected = (bits[:, None] == ref_bits).all(2)
     nan = x.isnan().any(1)[:, None] | ref.isnan().any(1)
-    # Widening a NaN may change its bits.
+    # Converting a NaN to a wider type may change its bits.
     assert torch.equal(exact_copies(x, ref) | nan, expected | nan)
 
 
 @given(data=st.data())
-def test_cosines(data):
+def test_pairwise_cosine_matches_the_formula(data):
     n, d = data.draw(shapes)
     x = data.draw(embeddings(n, d))
     ref = data.draw(embeddings(data.draw(st.integers(0, 20)), d, dtype=x.dtype))
@@ -95,7 +95,7 @@ def test_cosines(data):
 
 
 @given(data=st.data(), k=st.integers(1, 50), slack=st.sampled_from([0.0, 0.1, 1.0]))
-def test_neighbourhoods_hold_k_or_more(data, k, slack):
+def test_neighborhoods_have_at_least_k_members(data, k, slack):
     n, d = data.draw(small_shapes)
     table = data.draw(embeddings(n, d, dtype=torch.float64, extreme=False))
     mask = neighborhood_mask(table, k, slack)
@@ -106,27 +106,27 @@ def test_neighbourhoods_hold_k_or_more(data, k, slack):
 
 
 @given(data=st.data())
-def test_votes_are_shares(data):
+def test_label_votes_match_a_count(data):
     n, r = data.draw(small_shapes)
     generator = torch.Generator().manual_seed(data.draw(seeds))
-    context = torch.rand(n, r, generator=generator, dtype=torch.float64).mul(4).floor() / 4
+    similarity = torch.rand(n, r, generator=generator, dtype=torch.float64).mul(4).floor() / 4
     y = data.draw(any_labels(n))
     ref_y = y[torch.randint(n, (r,), generator=generator)]
     excluded = torch.rand(n, r, generator=generator) < 0.2
-    vote = weighted_label_vote(context.masked_fill(excluded, 0), y, ref_y)
+    vote = weighted_label_vote(similarity.masked_fill(excluded, 0), y, ref_y)
     for i in range(n):
-        shares = {}
+        votes = {}
         for j in range(r):
             if not excluded[i, j]:
                 label = int(ref_y[j])
-                shares[label] = shares.get(label, 0) + float(context[i, j])
-        total, own = sum(shares.values()), shares.pop(int(y[i]), 0)
-        assert abs(float(vote.vote_fraction[i]) - (own / total if total else 0.5)) < 1e-12
-        assert bool(vote.is_plurality[i]) == (own >= max(shares.values(), default=0))
+                votes[label] = votes.get(label, 0) + float(similarity[i, j])
+        total, target = sum(votes.values()), votes.pop(int(y[i]), 0)
+        assert abs(float(vote.vote_fraction[i]) - (target / total if total else 0.5)) < 1e-12
+        assert bool(vote.is_plurality[i]) == (target >= max(votes.values(), default=0))
 
 
 @given(data=st.data(), num_classes=st.integers(1, 12), strength=st.floats(0, 0.49))
-def test_interference_is_bounded_by_the_distance_to_a_mean(data, num_classes, strength):
+def test_interference_moves_by_at_most_its_strength(data, num_classes, strength):
     n, d = data.draw(shapes)
     x = data.draw(embeddings(n, d, extreme=False, non_finite=True))
     y = data.draw(class_labels(n, num_classes)).long()
@@ -134,7 +134,7 @@ def test_interference_is_bounded_by_the_distance_to_a_mean(data, num_classes, st
     seed = data.draw(seeds)
     probability = data.draw(st.sampled_from([0.0, 0.5, 1.0]))
     random_strength = data.draw(st.booleans())
-    moved, again = (
+    perturbed, repeated = (
         class_interference(
             x,
             y,
@@ -149,11 +149,11 @@ def test_interference_is_bounded_by_the_distance_to_a_mean(data, num_classes, st
         for _ in range(2)
     )
     finite = x.isfinite().all(1)
-    assert torch.equal(moved[finite], again[finite])
-    assert moved[finite].isfinite().all()
+    assert torch.equal(perturbed[finite], repeated[finite])
+    assert perturbed[finite].isfinite().all()
     for i in finite.nonzero().flatten().tolist():
         targets = means[(counts > 0) & (torch.arange(num_classes) != y[i])].double()
-        shift = (moved[i].double() - x[i].double()).norm()
+        shift = (perturbed[i].double() - x[i].double()).norm()
         if len(targets) == 0 or probability == 0:
             assert shift == 0
         else:
@@ -165,8 +165,8 @@ def test_interference_is_bounded_by_the_distance_to_a_mean(data, num_classes, st
 
 
 @given(data=st.data())
-def test_interference_draws_the_same_whatever_the_embeddings(data):
-    """The draws must not depend on values, or ranks and resumed runs would drift apart."""
+def test_random_draws_of_interference_do_not_depend_on_the_embeddings(data):
+    """Otherwise the generators of ranks and of resumed runs would diverge."""
     n, d = data.draw(shapes)
     y = data.draw(class_labels(n, 4)).long()
     means, counts = draw_means(data, 4, d)

@@ -15,18 +15,18 @@ from helpers.strategies import class_labels, embeddings, log_uniform, seeds
 from pml_extras.distillation import EMATeacher, SelfDistillation, SnapshotTeacher
 from pml_extras.losses import CenterContrastiveLoss, ListwiseDistillationLoss
 
-TEACHERS = pytest.mark.parametrize("kind", [SnapshotTeacher, EMATeacher])
+TEACHER_TYPES = pytest.mark.parametrize("teacher_type", [SnapshotTeacher, EMATeacher])
 BASES = {
     "contrastive": lambda d: ContrastiveLoss(),
     "centers": lambda d: CenterContrastiveLoss(5, d, center_update="ema"),
 }
 
 
-def draw_setting(data, kind, d):
+def draw_loss(data, teacher_type, d):
     torch.manual_seed(data.draw(seeds))
     trunk = torch.nn.Linear(3, 4)
     embedder = torch.nn.Linear(4, d) if data.draw(st.booleans()) or d != 4 else None
-    teacher = kind(trunk, embedder)
+    teacher = teacher_type(trunk, embedder)
     student = torch.nn.Sequential(trunk, embedder or torch.nn.Identity())
     loss_func = SelfDistillation(
         BASES[data.draw(st.sampled_from(list(BASES)))](d),
@@ -39,7 +39,7 @@ def draw_setting(data, kind, d):
 
 
 def step(student, generator):
-    """Move the weights, as an optimizer does."""
+    """Change the weights, as an optimizer does."""
     with torch.no_grad():
         for weight in student.parameters():
             weight += torch.empty_like(weight).normal_(0, 0.3, generator=generator)
@@ -53,10 +53,10 @@ def close(a, b):
     return all(torch.allclose(x, y, atol=1e-5) for x, y in zip(a, b, strict=True))
 
 
-@TEACHERS
+@TEACHER_TYPES
 @given(data=st.data(), d=st.integers(1, 6))
-def test_value_schedule_and_teacher(data, d, kind):
-    student, teacher, loss_func = draw_setting(data, kind, d)
+def test_loss_schedule_and_teacher_weights(data, d, teacher_type):
+    student, teacher, loss_func = draw_loss(data, teacher_type, d)
     generator = torch.Generator().manual_seed(data.draw(seeds))
     listwise = ListwiseDistillationLoss(temperature=loss_func.temperature)
     expected_teacher = weights(student)
@@ -65,10 +65,10 @@ def test_value_schedule_and_teacher(data, d, kind):
         for _ in range(data.draw(st.integers(0, 3))):
             n = data.draw(st.integers(0, 12))
             inputs, y = torch.randn(n, 3), torch.randint(5, (n,))
-            if kind is EMATeacher:
-                share = 0.0 if first else 0.999
+            if teacher_type is EMATeacher:
+                decay = 0.0 if first else 0.999
                 expected_teacher = [
-                    share * old + (1 - share) * new
+                    decay * old + (1 - decay) * new
                     for old, new in zip(expected_teacher, weights(student), strict=True)
                 ]
             first = False
@@ -86,17 +86,17 @@ def test_value_schedule_and_teacher(data, d, kind):
             assert not teacher.network.training
             step(student, generator)
         loss_func.end_epoch()
-        if kind is SnapshotTeacher:
+        if teacher_type is SnapshotTeacher:
             expected_teacher = weights(student)
         assert close(weights(teacher.network), expected_teacher)
     assert not list(loss_func.loss.parameters())
     assert len(list(loss_func.parameters())) == 0
 
 
-@TEACHERS
+@TEACHER_TYPES
 @given(data=st.data(), d=st.integers(1, 6))
-def test_broken_batches_break_no_state(data, d, kind):
-    student, teacher, loss_func = draw_setting(data, kind, d)
+def test_non_finite_batches_do_not_change_the_teacher(data, d, teacher_type):
+    student, teacher, loss_func = draw_loss(data, teacher_type, d)
     loss_func.epoch = 1
     n = data.draw(st.integers(1, 12))
     before = weights(teacher.network)
@@ -112,10 +112,10 @@ def test_broken_batches_break_no_state(data, d, kind):
     assert state_is_finite(loss_func.state_dict())
 
 
-@TEACHERS
+@TEACHER_TYPES
 @given(data=st.data(), d=st.integers(1, 6))
-def test_resuming_goes_on_exactly(data, d, kind):
-    student, _, loss_func = draw_setting(data, kind, d)
+def test_a_resumed_run_continues_exactly(data, d, teacher_type):
+    student, _, loss_func = draw_loss(data, teacher_type, d)
     generator = torch.Generator().manual_seed(data.draw(seeds))
 
     def train(student, loss_func, plan, generator):
@@ -139,7 +139,7 @@ def test_resuming_goes_on_exactly(data, d, kind):
     resumed_student = torch.nn.Sequential(resumed_trunk, resumed_embedder or torch.nn.Identity())
     resumed = SelfDistillation(
         copy.deepcopy(loss_func.loss),
-        kind(resumed_trunk, resumed_embedder),
+        teacher_type(resumed_trunk, resumed_embedder),
         num_epochs=loss_func.num_epochs,
         alpha=loss_func.alpha,
         temperature=loss_func.temperature,
@@ -157,31 +157,31 @@ def test_resuming_goes_on_exactly(data, d, kind):
     assert train(resumed_student, resumed, plans[1], resumed_generator) == expected
 
 
-@TEACHERS
+@TEACHER_TYPES
 @given(data=st.data(), d=st.integers(1, 6))
-def test_refusals_leave_no_trace(data, d, kind):
-    student, teacher, loss_func = draw_setting(data, kind, d)
+def test_refused_input_does_not_change_the_state(data, d, teacher_type):
+    student, teacher, loss_func = draw_loss(data, teacher_type, d)
     loss_func.epoch, loss_func.alpha = 1, 1.0
     n = data.draw(st.integers(2, 12))
     inputs, y = torch.randn(n, 3), torch.randint(5, (n,))
     x = student(inputs)
-    calls = {
+    invalid_calls = {
         "fewer labels": lambda: loss_func(x, y[1:]),
         "other rows": lambda: loss_func(x[1:], y[1:]),
-        "no pass": lambda: loss_func(x, y),
+        "no teacher embeddings": lambda: loss_func(x, y),
     }
-    name = data.draw(st.sampled_from(list(calls)))
-    if name == "no pass":
+    name = data.draw(st.sampled_from(list(invalid_calls)))
+    if name == "no teacher embeddings":
         teacher.forget()
-    assert_refused_without_change(loss_func, calls[name], name)
-    # and the next batch is as any other
+    assert_refused_without_change(loss_func, invalid_calls[name], name)
+    # The next batch works as usual.
     assert loss_func(student(inputs), y).isfinite()
 
 
-@TEACHERS
+@TEACHER_TYPES
 @given(data=st.data(), d=st.integers(1, 6))
-def test_testing_leaves_no_trace(data, d, kind):
-    student, teacher, loss_func = draw_setting(data, kind, d)
+def test_evaluation_does_not_change_the_teacher(data, d, teacher_type):
+    student, teacher, loss_func = draw_loss(data, teacher_type, d)
     loss_func.epoch, loss_func.alpha = 1, 1.0
     n = data.draw(st.integers(1, 12))
     inputs, y = torch.randn(n, 3), torch.randint(5, (n,))
