@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Threads that wait for one another by spinning take the core from those that have work to do.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-long docs notebooks packages lint format clean
+.PHONY: demo test test-long docs facts notebooks packages lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/train.py --loss contextual --dataset digits --out runs/demo --overwrite
@@ -20,7 +20,11 @@ test-long: lint
 docs: $(VENV)/.installed
 	$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html
 
-# Run the notebooks at their full size, and keep what they show.
+# Update docs/_data/components.json from the table in tests/conformance.
+facts: $(VENV)/.installed
+	PYTHONPATH=tests $(BIN)/python -m conformance.facts
+
+# Run the notebooks at their full size and save their outputs.
 notebooks: $(VENV)/.installed
 	cd examples/recipes && OMP_NUM_THREADS=1 $(abspath $(BIN))/jupyter execute --inplace *.ipynb
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from pml_extras import distillation, inference, label_noise, losses, miners, reg
 
 from .capabilities import Component
 from .components import COMPONENTS
+from .facts import FILE, all_facts
 
 PUBLIC = [
     getattr(package, name)
@@ -82,3 +84,7 @@ def combinations() -> str:
 def test_the_pages_say_what_goes_together(page):
     text = (Path(__file__).parents[2] / page).read_text()
     assert combinations() in text, combinations()
+
+
+def test_documented_facts_are_up_to_date():
+    assert json.loads(FILE.read_text()) == all_facts(), "update the file with `make facts`"
