@@ -28,8 +28,9 @@ facts: $(VENV)/.installed
 notebooks: $(VENV)/.installed
 	cd examples/recipes && OMP_NUM_THREADS=1 $(abspath $(BIN))/jupyter execute --inplace *.ipynb
 
+# Build the packages and test them in new environments. Downloads gigabytes.
 packages:
-	$(PYTHON) .ci/packages
+	$(PYTHON) scripts/check_packages.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check
