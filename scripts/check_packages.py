@@ -97,7 +97,8 @@ def check_contents(sdist: Path, wheel: Path) -> Message:
     citation = (ROOT / "CITATION.cff").read_text()
     changes = (ROOT / "CHANGELOG.md").read_text()
     assert f"\nversion: {version}\n" in citation, f"CITATION.cff does not have version {version}"
-    assert f"\n## {version}" in changes, f"CHANGELOG.md has no entry for {version}"
+    has_entry = f"\n## [{version}]" in changes or "\n## [Unreleased]" in changes
+    assert has_entry, f"CHANGELOG.md has no entry for {version}"
     with tarfile.open(sdist) as file:
         inside = {name.partition("/")[2] for name in file.getnames()}
     missing = sorted(set(IN_SDIST) - inside)
