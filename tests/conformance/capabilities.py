@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass
-from typing import Annotated, Any, Literal, get_type_hints
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 NUM_CLASSES, EMBEDDING_SIZE = 6, 8  # of a component, unless a test asks for others
+
+
+def capability(default: Any, description: str) -> Any:
+    return field(default=default, kw_only=True, metadata={"description": description})
 
 
 @dataclass(frozen=True)
@@ -25,54 +29,51 @@ class Component:
     kind: Literal["loss", "miner", "regularizer", "knn_func"]
     factory: Callable[..., Any]
     """Takes num_classes, embedding_size, the networks in training or None, and PML's arguments."""
-    _: KW_ONLY
 
-    takes_tuples: Annotated[bool, "Accepts the tuples of a miner"] = True
-    weights_samples: Annotated[
-        bool, "Tuples give weights to the samples instead of selecting pairs"
-    ] = False
-    needs_labels: Annotated[bool, "Requires labels"] = True
-    needs_teacher_embeddings: Annotated[
-        bool, "Requires a teacher's embeddings as ref_emb, which PML's trainers do not pass"
-    ] = False
-    takes_references: Annotated[
-        bool, "Accepts ref_emb, which DistributedLossWrapper(efficient=True) passes"
-    ] = True
-    supports_cross_batch_memory: Annotated[
-        bool, "Works in CrossBatchMemory and SelfSupervisedLoss"
-    ] = True
-    supports_distributed_wrapper: Annotated[
-        bool,
+    takes_tuples: bool = capability(True, "Accepts the tuples of a miner")
+    weights_samples: bool = capability(
+        False, "Tuples give weights to the samples instead of selecting pairs"
+    )
+    needs_labels: bool = capability(True, "Requires labels")
+    needs_teacher_embeddings: bool = capability(
+        False, "Requires a teacher's embeddings as ref_emb, which PML's trainers do not pass"
+    )
+    takes_references: bool = capability(
+        True, "Accepts ref_emb, which DistributedLossWrapper(efficient=True) passes"
+    )
+    supports_cross_batch_memory: bool = capability(
+        True, "Works in CrossBatchMemory and SelfSupervisedLoss"
+    )
+    supports_distributed_wrapper: bool = capability(
+        True,
         "Works in DistributedLossWrapper: processes get the same result as one process with the "
         "whole batch",
-    ] = True
-    cosine_only: Annotated[bool, "Requires CosineSimilarity as its distance"] = False
-    supports_weight_regularizer: Annotated[bool, "Accepts a weight_regularizer"] = False
-    normalizes_before_regularizer: Annotated[
-        bool, "Passes normalized embeddings to an embedding_regularizer"
-    ] = False
-    keeps_dtypes: Annotated[
-        bool, "Parameters and buffers keep their dtype for embeddings of any dtype"
-    ] = True
-    syncs_device: Annotated[
-        bool, "Makes the host wait for the GPU in each step, as PML's pair selection does"
-    ] = False
-    observes_network: Annotated[
-        bool, "Observes a network in training, and must be told when an epoch ends"
-    ] = False
-    synced_buffers: Annotated[
-        tuple[str, ...], "Buffers that are equal in all processes, to the last bit"
-    ] = ()
-    without_randomness: Annotated[
-        dict[str, Any] | None,
-        "Hyperparameters with which random draws have no effect, if there are random draws",
-    ] = None
+    )
+    cosine_only: bool = capability(False, "Requires CosineSimilarity as its distance")
+    supports_weight_regularizer: bool = capability(False, "Accepts a weight_regularizer")
+    normalizes_before_regularizer: bool = capability(
+        False, "Passes normalized embeddings to an embedding_regularizer"
+    )
+    keeps_dtypes: bool = capability(
+        True, "Parameters and buffers keep their dtype for embeddings of any dtype"
+    )
+    syncs_device: bool = capability(
+        False, "Makes the host wait for the GPU in each step, as PML's pair selection does"
+    )
+    observes_network: bool = capability(
+        False, "Observes a network in training, and must be told when an epoch ends"
+    )
+    synced_buffers: tuple[str, ...] = capability(
+        (), "Buffers that are equal in all processes, to the last bit"
+    )
+    without_randomness: dict[str, Any] | None = capability(  # noqa: RUF009
+        None, "Hyperparameters with which random draws have no effect, if there are random draws"
+    )
 
     @classmethod
     def capabilities(cls) -> dict[str, str]:
         """The description of each capability, by its name."""
-        hints = get_type_hints(cls, include_extras=True)
-        return {n: h.__metadata__[0] for n, h in hints.items() if hasattr(h, "__metadata__")}
+        return {f.name: f.metadata["description"] for f in fields(cls) if f.metadata}
 
     def make(
         self,
