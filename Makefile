@@ -1,9 +1,11 @@
-# `make demo` and `make test` set up everything they need in a virtual environment of their own.
+# All targets install what they need in the virtual environment $(VENV).
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+# Many of the pinned versions do not support Python 3.10.
+CONSTRAINTS ?= $(if $(findstring 3.10.,$(shell $(PYTHON) --version)),constraints-3.10.txt,constraints.txt)
 
-# Threads that wait for one another by spinning take the core from those that have work to do.
+# Idle OpenMP threads sleep. By default they spin, and slow down the tests that run in parallel.
 export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: demo test test-long docs facts notebooks packages lint format clean
@@ -44,7 +46,7 @@ format: $(VENV)/.installed
 clean:
 	rm -rf $(VENV) runs docs/_build
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --editable '.[dev]'
+	PIP_CONSTRAINT=$(CONSTRAINTS) $(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
