@@ -22,7 +22,7 @@ test-long: lint
 docs: $(VENV)/.installed
 	$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html
 
-# Update docs/_data/components.json from the table in tests/conformance.
+# Update what the README and the docs state about the components, from tests/conformance.
 facts: $(VENV)/.installed
 	PYTHONPATH=tests $(BIN)/python -m conformance.facts
 

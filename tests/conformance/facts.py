@@ -1,20 +1,27 @@
-"""The facts about each component that its page in the documentation shows.
+"""What the documentation states about the components, generated from the conformance table.
 
-`make facts` writes them to docs/_data/components.json, which the documentation reads.
+`make facts` writes the facts on the components' pages to docs/_data/components.json, and updates
+the table of losses in README.md and docs/plugs-in.md.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pml_extras import losses
+
 from .capabilities import Component
 from .components import COMPONENTS
 
-FILE = Path(__file__).parents[2] / "docs" / "_data" / "components.json"
+ROOT = Path(__file__).parents[2]
+FILE = ROOT / "docs" / "_data" / "components.json"
+PAGES = [ROOT / "README.md", ROOT / "docs" / "plugs-in.md"]
+TABLE = re.compile(r"^\| \| a miner's tuples \|.*?(?=\n\n)", re.MULTILINE | re.DOTALL)
 # The capabilities that matter to users. The others only tell the tests what to expect.
 SHOWN = {
     "loss": (
@@ -67,16 +74,40 @@ def reducer_inputs(row: Component, instance: Any) -> str:
     found: list[str] = []
     reduce = instance.reducer.forward
 
-    def record(losses: dict[str, dict[str, Any]], *args: Any) -> Any:
-        for name, sub_loss in losses.items():
+    def record(sub_losses: dict[str, dict[str, Any]], *args: Any) -> Any:
+        for name, sub_loss in sub_losses.items():
             kind = sub_loss["reduction_type"]
             found.append(f"{name}: one value per {words.get(kind, kind)}")
-        return reduce(losses, *args)
+        return reduce(sub_losses, *args)
 
     instance.reducer.forward = record
     row.call(instance, torch.randn(12, 8), torch.arange(12) // 4)
     return ", ".join(found)
 
 
+def loss_table() -> str:
+    """The README's table of what the losses can be combined with."""
+    lines = [
+        "| | a miner's tuples | references | processes | memories | distances | labels |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in COMPONENTS:
+        if row.kind == "loss" and row.name in losses.__all__:
+            tuples = "weight samples" if row.weights_samples else "choose pairs"
+            cells = [
+                f"`{row.name}`",
+                tuples if row.takes_tuples else "refused",
+                "yes" if row.takes_references else "refused",
+                "yes" if row.supports_distributed_wrapper else "refused",
+                "yes" if row.supports_cross_batch_memory else "refused",
+                "cosine" if row.cosine_only else "any",
+                "needed" if row.needs_labels else "not needed",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     FILE.write_text(json.dumps(all_facts(), indent=1) + "\n")
+    for page in PAGES:
+        page.write_text(TABLE.sub(loss_table(), page.read_text()))
