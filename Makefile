@@ -1,12 +1,14 @@
-# `make demo` and `make test` set up everything they need in a virtual environment of their own.
+# All targets install what they need in the virtual environment $(VENV).
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+# Many of the pinned versions do not support Python 3.10.
+CONSTRAINTS ?= $(if $(findstring 3.10.,$(shell $(PYTHON) --version)),constraints-3.10.txt,constraints.txt)
 
-# Threads that wait for one another by spinning take the core from those that have work to do.
+# Idle OpenMP threads sleep. By default they spin, and slow down the tests that run in parallel.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-long docs notebooks packages lint format clean
+.PHONY: demo test test-long docs facts notebooks packages lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/train.py --loss contextual --dataset digits --out runs/demo --overwrite
@@ -20,12 +22,17 @@ test-long: lint
 docs: $(VENV)/.installed
 	$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html
 
-# Run the notebooks at their full size, and keep what they show.
+# Update what the README and the docs state about the components, from tests/conformance.
+facts: $(VENV)/.installed
+	PYTHONPATH=tests $(BIN)/python -m conformance.facts
+
+# Run the notebooks at their full size and save their outputs.
 notebooks: $(VENV)/.installed
 	cd examples/recipes && OMP_NUM_THREADS=1 $(abspath $(BIN))/jupyter execute --inplace *.ipynb
 
+# Build the packages and test them in new environments. Downloads gigabytes.
 packages:
-	$(PYTHON) .ci/packages
+	$(PYTHON) scripts/check_packages.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check
@@ -39,7 +46,7 @@ format: $(VENV)/.installed
 clean:
 	rm -rf $(VENV) runs docs/_build
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --editable '.[dev]'
+	PIP_CONSTRAINT=$(CONSTRAINTS) $(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@

@@ -1,4 +1,4 @@
-"""The documentation's build: `make docs`, from the repository's root."""
+"""Sphinx's configuration. Build with `make docs` in the repository's root."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pml_extras
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE / "_ext"), str(HERE.parent / "tests")]
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "pml_extras"
 author = "The pml_extras authors"
@@ -26,14 +25,14 @@ extensions = [
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 3
-nb_execution_mode = "off"  # the notebooks show what they printed at their full size
+nb_execution_mode = "off"  # the notebooks contain the outputs of `make notebooks`
 nb_merge_streams = True
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # the docstrings give shapes, too
+autodoc_typehints = "none"  # the docstrings give types and shapes
 autodoc_class_signature = "mixed"
 napoleon_use_ivar = True
 napoleon_custom_sections = [("Statistics for the log", "notes_style")]
-nitpicky = False  # PML's and torch's names have no pages here
+nitpicky = False  # names of PML and torch cannot be linked
 
 html_theme = "furo"
 html_title = f"pml_extras {version}"

@@ -1,79 +1,79 @@
-"""What a row of the table says of a component: how to make it, and what it can do.
-
-``Component.capabilities()`` has each capability's meaning, for whoever writes it down elsewhere.
-"""
+"""The type of the rows in the conformance table: how to make a component, and what it supports."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass
-from typing import Annotated, Any, Literal, get_type_hints
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-NUM_CLASSES, EMBEDDING_SIZE = 6, 8  # of a component, where a contract asks for no others
+NUM_CLASSES, EMBEDDING_SIZE = 6, 8  # of a component, unless a test asks for others
+
+
+def capability(default: Any, description: str) -> Any:
+    return field(default=default, kw_only=True, metadata={"description": description})
 
 
 @dataclass(frozen=True)
 class Component:
-    """A row. Its capabilities are statements: contracts rely on them and never try things out.
+    """A row of the table.
 
-    What a row leaves unsaid holds as for most of PML's losses. Where a component states that it
-    cannot do something, contracts check that it refuses.
+    Its capabilities declare what the component supports. The tests rely on them: what a component
+    supports must work, and what it does not support must raise an error. The defaults hold for most
+    of PML's losses. The descriptions are shown in the documentation.
     """
 
     name: str
     kind: Literal["loss", "miner", "regularizer", "knn_func"]
     factory: Callable[..., Any]
-    """Given num_classes, embedding_size, the networks in training or None, and PML's arguments."""
-    _: KW_ONLY
+    """Takes num_classes, embedding_size, the networks in training or None, and PML's arguments."""
 
-    takes_tuples: Annotated[bool, "Takes a miner's tuples."] = True
-    weights_samples: Annotated[
-        bool, "Tuples weight the samples they name, rather than choose the pairs to compare."
-    ] = False
-    needs_labels: Annotated[bool, "Needs labels."] = True
-    needs_teacher_embeddings: Annotated[
-        bool, "Needs a teacher's embeddings for ref_emb, which trainers do not give."
-    ] = False
-    takes_references: Annotated[
-        bool, "Compares a batch with ref_emb, as DistributedLossWrapper(efficient=True) asks."
-    ] = True
-    supports_cross_batch_memory: Annotated[
-        bool, "Goes into CrossBatchMemory and SelfSupervisedLoss."
-    ] = True
-    goes_in_distributed_wrapper: Annotated[
-        bool, "Goes into DistributedLossWrapper, where processes are one with the joined batch."
-    ] = True
-    cosine_only: Annotated[bool, "Takes no distance but CosineSimilarity."] = False
-    regularizes_weights: Annotated[bool, "Takes a weight_regularizer."] = False
-    hands_on_unit_vectors: Annotated[
-        bool, "Normalises embeddings before an embedding_regularizer sees them."
-    ] = False
-    keeps_dtypes: Annotated[
-        bool, "Its parameters and buffers keep their dtypes, whatever that of the embeddings."
-    ] = True
-    syncs_device: Annotated[
-        bool, "Makes the host wait for a GPU at each step, as PML's lists of pairs do."
-    ] = False
-    watches_a_network: Annotated[
-        bool, "Wants embeddings of a network's latest pass, and to be told when an epoch ends."
-    ] = False
-    synced_buffers: Annotated[
-        tuple[str, ...],
-        "What in its state_dict is taken over the batches of all processes, to the last bit.",
-    ] = ()
-    without_draws: Annotated[
-        dict[str, Any] | None,
-        "The settings under which its random draws change nothing, if it draws any.",
-    ] = None
+    takes_tuples: bool = capability(True, "Accepts the tuples of a miner")
+    weights_samples: bool = capability(
+        False, "Tuples give weights to the samples instead of selecting pairs"
+    )
+    needs_labels: bool = capability(True, "Requires labels")
+    needs_teacher_embeddings: bool = capability(
+        False, "Requires a teacher's embeddings as ref_emb, which PML's trainers do not pass"
+    )
+    takes_references: bool = capability(
+        True, "Accepts ref_emb, which DistributedLossWrapper(efficient=True) passes"
+    )
+    supports_cross_batch_memory: bool = capability(
+        True, "Works in CrossBatchMemory and SelfSupervisedLoss"
+    )
+    supports_distributed_wrapper: bool = capability(
+        True,
+        "Works in DistributedLossWrapper: processes get the same result as one process with the "
+        "whole batch",
+    )
+    cosine_only: bool = capability(False, "Requires CosineSimilarity as its distance")
+    supports_weight_regularizer: bool = capability(False, "Accepts a weight_regularizer")
+    normalizes_before_regularizer: bool = capability(
+        False, "Passes normalized embeddings to an embedding_regularizer"
+    )
+    keeps_dtypes: bool = capability(
+        True, "Parameters and buffers keep their dtype for embeddings of any dtype"
+    )
+    syncs_device: bool = capability(
+        False, "Makes the host wait for the GPU in each step, as PML's pair selection does"
+    )
+    observes_network: bool = capability(
+        False, "Observes a network in training, and must be told when an epoch ends"
+    )
+    synced_buffers: tuple[str, ...] = capability(
+        (), "Buffers that are equal in all processes, to the last bit"
+    )
+    without_randomness: dict[str, Any] | None = capability(  # noqa: RUF009
+        None, "Hyperparameters with which random draws have no effect, if there are random draws"
+    )
 
     @classmethod
     def capabilities(cls) -> dict[str, str]:
-        """The meaning of each capability, by its name."""
-        hints = get_type_hints(cls, include_extras=True)
-        return {n: h.__metadata__[0] for n, h in hints.items() if hasattr(h, "__metadata__")}
+        """The description of each capability, by its name."""
+        return {f.name: f.metadata["description"] for f in fields(cls) if f.metadata}
 
     def make(
         self,
@@ -83,26 +83,27 @@ class Component:
         seed: int = 1,
         **kwargs: Any,
     ) -> Any:
-        """A fresh one, the same each time.
+        """A new instance, the same for the same seed.
 
-        Without ``models``, one that watches a network has a small one of its own.
+        One that observes a network gets a small network of its own if ``models`` is None.
         """
         torch.manual_seed(seed)
         return self.factory(num_classes, embedding_size, models, **kwargs)
 
-    def embed(self, thing: Any, x: Tensor) -> Tensor:
-        """x as it reaches the component: through the network of its own, if it watches one."""
-        return thing.teacher._trunk(x) if self.watches_a_network else x
+    def embed(self, instance: Any, x: Tensor) -> Tensor:
+        """The component's input: the output of the network that it observes, or x itself."""
+        return instance.teacher._trunk(x) if self.observes_network else x
 
-    def use(self, thing: Any, embeddings: Tensor, labels: Tensor | None, *args: Any) -> Any:
-        """Use the component, or a wrapper that it is in: a loss for losses, else what comes out."""
+    def use(self, instance: Any, embeddings: Tensor, labels: Tensor | None, *args: Any) -> Any:
+        """Call the component, or a wrapper of it, as a training step or a tester would."""
         if self.kind == "regularizer":
-            return thing.interfere(embeddings, labels)
+            return instance.interfere(embeddings, labels)
         if self.kind == "knn_func":
-            return thing(embeddings, 3, embeddings, True)
+            return instance(embeddings, 3, embeddings, True)
         if self.needs_teacher_embeddings:
-            return thing(embeddings, labels, *args, ref_emb=embeddings.detach().relu())
-        return thing(embeddings, labels, *args)
+            return instance(embeddings, labels, *args, ref_emb=embeddings.detach().relu())
+        return instance(embeddings, labels, *args)
 
-    def call(self, thing: Any, x: Tensor, labels: Tensor | None, *args: Any) -> Any:
-        return self.use(thing, self.embed(thing, x), labels, *args)
+    def call(self, instance: Any, x: Tensor, labels: Tensor | None, *args: Any) -> Any:
+        """Embed ``x`` and use the component."""
+        return self.use(instance, self.embed(instance, x), labels, *args)

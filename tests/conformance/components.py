@@ -1,4 +1,4 @@
-"""The table of our components: a new one is put through all contracts by a row here."""
+"""The conformance table. A row here runs all conformance tests on a new component."""
 
 from __future__ import annotations
 
@@ -20,39 +20,41 @@ from pml_extras.regularizers import ClassInterferenceRegularizer
 from .capabilities import Component
 
 
-def plain(cls, **settings):
-    """The factory of a class that asks for no sizes."""
-    return lambda num_classes, embedding_size, models, **kwargs: cls(**settings, **kwargs)
+def without_sizes(cls, **hyperparameters):
+    """A factory for a class that needs neither the number of classes nor the embedding size."""
+    return lambda num_classes, embedding_size, models, **kwargs: cls(**hyperparameters, **kwargs)
 
 
-def sized(cls, **settings):
-    """The factory of a class that asks for the number of classes and the size of embeddings."""
+def with_sizes(cls, **hyperparameters):
+    """A factory for a class that needs the number of classes and the embedding size."""
     return lambda num_classes, embedding_size, models, **kwargs: cls(
-        num_classes, embedding_size, **settings, **kwargs
+        num_classes, embedding_size, **hyperparameters, **kwargs
     )
 
 
-def interference(num_classes, embedding_size, models, strength=0.3, **kwargs):
+def class_interference(num_classes, embedding_size, models, strength=0.3, **kwargs):
     generator = torch.Generator().manual_seed(5)
     return ClassInterferenceRegularizer(
         num_classes, embedding_size, strength=strength, generator=generator, **kwargs
     )
 
 
-def interfered(num_classes, embedding_size, models, strength=0.3, collect_stats=None, **kwargs):
-    regularizer = interference(
+def loss_with_interference(
+    num_classes, embedding_size, models, strength=0.3, collect_stats=None, **kwargs
+):
+    regularizer = class_interference(
         num_classes, embedding_size, models, strength, collect_stats=collect_stats
     )
     return regularizer.attach(MultiSimilarityLoss(collect_stats=collect_stats, **kwargs))
 
 
-def remembered(num_classes, embedding_size, models, collect_stats=None, **kwargs):
+def contextual_loss_with_memory(num_classes, embedding_size, models, collect_stats=None, **kwargs):
     loss = ContextualLoss(collect_stats=collect_stats, **kwargs)
     return CrossBatchMemory(loss, embedding_size, memory_size=60, collect_stats=collect_stats)
 
 
-class Mixing(nn.Linear):
-    """A network for teachers to watch, for inputs of any dtype on any device."""
+class TrainedNetwork(nn.Linear):
+    """A network that a teacher observes, for inputs of any dtype on any device."""
 
     def __init__(self, size):
         super().__init__(size, size, bias=False)
@@ -62,14 +64,14 @@ class Mixing(nn.Linear):
         return nn.functional.linear(x, self.weight.to(x))
 
 
-def distilled(teacher, make_loss, **settings):
+def self_distillation(teacher_type, make_loss, **hyperparameters):
     def factory(num_classes, embedding_size, models, collect_stats=None, **kwargs):
         loss = make_loss(num_classes, embedding_size, None, collect_stats=collect_stats, **kwargs)
-        networks = models or [Mixing(embedding_size)]
-        watching = teacher(*networks, **settings)
-        loss_func = SelfDistillation(loss, watching, num_epochs=4, collect_stats=collect_stats)
-        if models is None:  # an epoch has ended, and the network has moved on from the teacher
-            watching.before_training_pass()
+        networks = models or [TrainedNetwork(embedding_size)]
+        teacher = teacher_type(*networks, **hyperparameters)
+        loss_func = SelfDistillation(loss, teacher, num_epochs=4, collect_stats=collect_stats)
+        if models is None:  # after one epoch, with a network that differs from the teacher
+            teacher.before_training_pass()
             loss_func.end_epoch()
             with torch.no_grad():
                 networks[0].weight += 0.3
@@ -82,28 +84,28 @@ COMPONENTS = [
     Component(
         "CenterContrastiveLoss",
         "loss",
-        sized(CenterContrastiveLoss),
+        with_sizes(CenterContrastiveLoss),
         weights_samples=True,
         takes_references=False,
         supports_cross_batch_memory=False,
         cosine_only=True,
-        regularizes_weights=True,
+        supports_weight_regularizer=True,
     ),
     Component(
         "CenterContrastiveLoss-ema",
         "loss",
-        sized(CenterContrastiveLoss, center_update="ema"),
+        with_sizes(CenterContrastiveLoss, center_update="ema"),
         weights_samples=True,
         takes_references=False,
         supports_cross_batch_memory=False,
         cosine_only=True,
         synced_buffers=("centers", "class_counts"),
     ),
-    Component("ContextualLoss", "loss", plain(ContextualLoss), cosine_only=True),
+    Component("ContextualLoss", "loss", without_sizes(ContextualLoss), cosine_only=True),
     Component(
         "ListwiseDistillationLoss",
         "loss",
-        plain(ListwiseDistillationLoss),
+        without_sizes(ListwiseDistillationLoss),
         takes_tuples=False,
         needs_labels=False,
         needs_teacher_embeddings=True,
@@ -114,65 +116,65 @@ COMPONENTS = [
     Component(
         "CrossBatchMemory-ContextualLoss",
         "loss",
-        remembered,
+        contextual_loss_with_memory,
         syncs_device=True,
         takes_references=False,
         supports_cross_batch_memory=False,
         cosine_only=True,
-        keeps_dtypes=False,  # PML's memory takes those of the latest batch
+        keeps_dtypes=False,  # PML's memory takes the dtype of the latest batch
     ),
     Component(
         "SelfDistillation-snapshot",
         "loss",
-        distilled(SnapshotTeacher, plain(MultiSimilarityLoss)),
+        self_distillation(SnapshotTeacher, without_sizes(MultiSimilarityLoss)),
         syncs_device=True,
         supports_cross_batch_memory=False,
-        goes_in_distributed_wrapper=False,
-        watches_a_network=True,
+        supports_distributed_wrapper=False,
+        observes_network=True,
     ),
     Component(
         "SelfDistillation-EMA-CenterContrastiveLoss",
         "loss",
-        distilled(EMATeacher, sized(CenterContrastiveLoss), decay=0.8),
+        self_distillation(EMATeacher, with_sizes(CenterContrastiveLoss), decay=0.8),
         weights_samples=True,
         takes_references=False,
         supports_cross_batch_memory=False,
-        goes_in_distributed_wrapper=False,
+        supports_distributed_wrapper=False,
         cosine_only=True,
-        regularizes_weights=True,
-        watches_a_network=True,
+        supports_weight_regularizer=True,
+        observes_network=True,
     ),
     Component(
-        "SelfDistillation-snapshot-interfered",
+        "SelfDistillation-snapshot-ClassInterferenceRegularizer",
         "loss",
-        distilled(SnapshotTeacher, interfered),
+        self_distillation(SnapshotTeacher, loss_with_interference),
         syncs_device=True,
         supports_cross_batch_memory=False,
-        goes_in_distributed_wrapper=False,
-        hands_on_unit_vectors=True,
-        watches_a_network=True,
+        supports_distributed_wrapper=False,
+        normalizes_before_regularizer=True,
+        observes_network=True,
         synced_buffers=(
             "loss.class_interference.class_means",
             "loss.class_interference.class_counts",
         ),
-        without_draws={"strength": 0},
+        without_randomness={"strength": 0},
     ),
     Component(
         "ClassInterferenceRegularizer-attached",
         "loss",
-        interfered,
+        loss_with_interference,
         syncs_device=True,
-        hands_on_unit_vectors=True,
+        normalizes_before_regularizer=True,
         synced_buffers=("class_interference.class_means", "class_interference.class_counts"),
-        without_draws={"strength": 0},
+        without_randomness={"strength": 0},
     ),
     Component(
         "ClassInterferenceRegularizer",
         "regularizer",
-        interference,
+        class_interference,
         synced_buffers=("class_means", "class_counts"),
-        without_draws={"strength": 0},
+        without_randomness={"strength": 0},
     ),
-    Component("ContextualSimilarityMiner", "miner", plain(ContextualSimilarityMiner)),
-    Component("ContextualKNN", "knn_func", plain(ContextualKNN, num_neighbors=5)),
+    Component("ContextualSimilarityMiner", "miner", without_sizes(ContextualSimilarityMiner)),
+    Component("ContextualKNN", "knn_func", without_sizes(ContextualKNN, num_neighbors=5)),
 ]

@@ -1,4 +1,4 @@
-"""Which rows of the table each contract is put to."""
+"""Runs each conformance test for the rows of the table that it applies to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .components import COMPONENTS
 
 BATCH_SIZE = 24
 
-# The argument that a test takes: the kinds of component it is given.
+# A test's argument, and the kinds of component that it is called with.
 KINDS = {
     "any_component": ("loss", "miner", "regularizer", "knn_func"),
     "component": ("loss", "miner", "regularizer"),
@@ -33,22 +33,24 @@ PML_MINERS = {
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
-        "markers", "stating(capability=bool, ...): only for components that do, or do not, state it"
+        "markers",
+        "components_with(capability=bool, ...): only for components with these capabilities",
     )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    marks = metafunc.definition.iter_markers("stating")
-    stated = {name: value for mark in marks for name, value in mark.kwargs.items()}
+    marks = metafunc.definition.iter_markers("components_with")
+    required = {name: value for mark in marks for name, value in mark.kwargs.items()}
 
     def fits(component: Component) -> bool:
-        return all(bool(getattr(component, name)) == value for name, value in stated.items())
+        return all(bool(getattr(component, name)) == value for name, value in required.items())
 
     for argument, kinds in KINDS.items():
         if argument in metafunc.fixturenames:
             rows = [c for c in COMPONENTS if c.kind in kinds and fits(c)]
             metafunc.parametrize(argument, rows, ids=lambda component: component.name)
-    if "make_miner" in metafunc.fixturenames:  # PML's and ours
+    if "make_miner" in metafunc.fixturenames:
+        # PML's miners and ours.
         ours = {c.name: c.make for c in COMPONENTS if c.kind == "miner"}
         all_miners = PML_MINERS | ours
         metafunc.parametrize("make_miner", all_miners.values(), ids=all_miners.keys())

@@ -1,4 +1,4 @@
-"""Contracts on what PML's other components do with ours, and ours with them."""
+"""Our components combined with PML's reducers, regularizers, miners, distances and wrappers."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ DISTANCES = {
 
 
 def value(component, x, labels, *args, **kwargs):
-    """What a fresh one makes of a batch."""
+    """The loss of a new instance on a batch."""
     return component.call(component.make(**kwargs), x, labels, *args)
 
 
-@torch.no_grad()  # without which distillation, which has no elements, would be added to them
+@torch.no_grad()  # the distillation term has no elements, and is only computed with gradients
 def elements(component, x, labels):
-    """Each sub-loss's elements."""
+    """The unreduced elements of each sub-loss."""
     parts = value(component, x, labels, reducer=reducers.DoNothingReducer())
     return [part["losses"] for part in parts.values()]
 
 
 def distillation(component, x, labels):
-    """What is added to the reduced elements."""
+    """The distillation term, which is added after the reduction."""
     with torch.no_grad():
         reduced = value(component, x, labels)
-    return value(component, x, labels) - reduced if component.watches_a_network else 0
+    return value(component, x, labels) - reduced if component.observes_network else 0
 
 
 weights = torch.linspace(0.5, 2, NUM_CLASSES)
@@ -59,21 +59,21 @@ REDUCERS = {
 
 @pytest.mark.parametrize("reducer", REDUCERS)
 @pytest.mark.parametrize("regularized", [False, True])
-def test_every_reducer(loss_component, reducer, regularized, x, labels):
-    pml_reducer, by_hand = REDUCERS[reducer]
-    expected = sum(by_hand(e, labels).nan_to_num() for e in elements(loss_component, x, labels))
+def test_loss_is_the_reduced_elements(loss_component, reducer, regularized, x, labels):
+    pml_reducer, formula = REDUCERS[reducer]
+    expected = sum(formula(e, labels).nan_to_num() for e in elements(loss_component, x, labels))
     expected = expected + distillation(loss_component, x, labels)
     kwargs = {}
-    if regularized:  # with which PML replaces a reducer where sub-losses are misnamed
+    if regularized:  # PML then replaces the reducer of sub-losses that have unexpected names
         kwargs = {
             "embedding_regularizer": regularizers.LpRegularizer(),
             "embedding_reg_weight": 0.3,
         }
-        seen = loss_component.embed(loss_component.make(), x)
-        if loss_component.hands_on_unit_vectors:
-            seen = normalize(seen)
+        regularized_x = loss_component.embed(loss_component.make(), x)
+        if loss_component.normalizes_before_regularizer:
+            regularized_x = normalize(regularized_x)
         # PML reduces a regularizer's losses with the regularizer's own reducer, a mean.
-        expected = expected + 0.3 * seen.norm(dim=1).mean()
+        expected = expected + 0.3 * regularized_x.norm(dim=1).mean()
     loss = value(loss_component, x, labels, reducer=pml_reducer, **kwargs)
     assert torch.allclose(loss, expected, rtol=1e-5)
 
@@ -81,7 +81,7 @@ def test_every_reducer(loss_component, reducer, regularized, x, labels):
 @pytest.mark.parametrize(
     "regularizer", [regularizers.LpRegularizer, regularizers.ZeroMeanRegularizer], ids=str
 )
-def test_every_embedding_regularizer(loss_component, regularizer, x, labels):
+def test_works_with_every_embedding_regularizer(loss_component, regularizer, x, labels):
     x.requires_grad_()
     loss = value(loss_component, x, labels, embedding_regularizer=regularizer())
     loss.backward()
@@ -99,8 +99,8 @@ def test_every_embedding_regularizer(loss_component, regularizer, x, labels):
         lambda: regularizers.SparseCentersRegularizer(NUM_CLASSES // 2, 2),
     ],
 )
-@pytest.mark.stating(regularizes_weights=True)
-def test_every_weight_regularizer(loss_component, regularizer, x, labels):
+@pytest.mark.components_with(supports_weight_regularizer=True)
+def test_works_with_every_weight_regularizer(loss_component, regularizer, x, labels):
     loss_func = loss_component.make(weight_regularizer=regularizer())
     loss = loss_component.call(loss_func, x, labels)
     loss.backward()
@@ -109,14 +109,14 @@ def test_every_weight_regularizer(loss_component, regularizer, x, labels):
     assert all(p.grad.isfinite().all() for p in loss_func.parameters())
 
 
-@pytest.mark.stating(regularizes_weights=False)
-def test_losses_without_weights_refuse_their_regularizers(loss_component):
+@pytest.mark.components_with(supports_weight_regularizer=False)
+def test_weight_regularizers_are_refused(loss_component):
     with pytest.raises((ValueError, TypeError), match="weight_regularizer"):
         loss_component.make(weight_regularizer=regularizers.LpRegularizer())
 
 
-@pytest.mark.stating(takes_tuples=True)
-def test_every_miner(loss_component, make_miner, x, labels):
+@pytest.mark.components_with(takes_tuples=True)
+def test_works_with_every_miner(loss_component, make_miner, x, labels):
     pairs = make_miner()(x, labels)
     x.requires_grad_()
     loss = value(loss_component, x, labels, pairs)
@@ -130,15 +130,15 @@ def triplets(labels):
     return lmu.get_random_triplet_indices(labels, t_per_anchor=3)
 
 
-@pytest.mark.stating(takes_tuples=True, weights_samples=False)
-def test_triplets_are_the_pairs_they_contain(loss_component, triplets, x, labels):
+@pytest.mark.components_with(takes_tuples=True, weights_samples=False)
+def test_triplets_count_as_the_pairs_they_contain(loss_component, triplets, x, labels):
     a, p, n = triplets
     pairs = (a, p, a, n)
     assert value(loss_component, x, labels, triplets) == value(loss_component, x, labels, pairs)
 
 
-@pytest.mark.stating(takes_tuples=True, weights_samples=True)
-def test_tuples_weight_the_samples_they_name(loss_component, triplets, x, labels):
+@pytest.mark.components_with(takes_tuples=True, weights_samples=True)
+def test_tuples_weight_their_samples(loss_component, triplets, x, labels):
     a, p, n = triplets
     for indices in (triplets, (a, p, a, n)):
         weights = lmu.convert_to_weights(indices, labels, x.dtype)
@@ -148,56 +148,56 @@ def test_tuples_weight_the_samples_they_name(loss_component, triplets, x, labels
 
 
 @pytest.mark.parametrize("length", [3, 4])
-@pytest.mark.stating(takes_tuples=True)
-def test_empty_tuples(loss_component, length, x, labels):
+@pytest.mark.components_with(takes_tuples=True)
+def test_empty_tuples_give_a_finite_loss(loss_component, length, x, labels):
     none = torch.empty(0, dtype=torch.long)
     loss = value(loss_component, x.requires_grad_(), labels, (none,) * length)
     loss.backward()
     assert loss.isfinite()
 
 
-@pytest.mark.stating(takes_tuples=False)
+@pytest.mark.components_with(takes_tuples=False)
 def test_tuples_are_refused(loss_component, triplets, x, labels):
     with pytest.raises(ValueError, match="indices_tuple is not supported"):
         value(loss_component, x, labels, triplets)
 
 
-@pytest.mark.stating(needs_labels=True)
+@pytest.mark.components_with(needs_labels=True)
 def test_labels_are_required(loss_component, x):
     with pytest.raises(ValueError, match="labels"):
         value(loss_component, x, None)
 
 
-@pytest.mark.stating(needs_labels=False)
-def test_labels_are_not_looked_at(loss_component, x, labels):
+@pytest.mark.components_with(needs_labels=False)
+def test_labels_are_ignored(loss_component, x, labels):
     assert value(loss_component, x, None) == value(loss_component, x, labels)
 
 
 @pytest.mark.parametrize("distance", [d for d in DISTANCES if d != "cosine"])
-@pytest.mark.stating(cosine_only=True)
+@pytest.mark.components_with(cosine_only=True)
 def test_other_distances_are_refused(component, distance):
     with pytest.raises(AssertionError, match="requires the distance metric to be"):
         component.make(distance=DISTANCES[distance])
 
 
-@pytest.mark.stating(cosine_only=True)
-def test_cosine_similarity_is_taken_as_it_is(component):
+@pytest.mark.components_with(cosine_only=True)
+def test_only_unmodified_cosine_similarity_is_accepted(component):
     component.make(distance=DISTANCES["cosine"])
     with pytest.raises(AssertionError, match=r"requires distance\.power to be 1"):
         component.make(distance=distances.CosineSimilarity(power=2))
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
-@pytest.mark.stating(cosine_only=False)
-def test_every_distance(component, distance, x, labels):
-    thing = component.make(distance=DISTANCES[distance])
+@pytest.mark.components_with(cosine_only=False)
+def test_works_with_every_distance(component, distance, x, labels):
+    instance = component.make(distance=DISTANCES[distance])
     for _ in range(2):
-        output = component.call(thing, x, labels)
+        output = component.call(instance, x, labels)
         assert all(o.isfinite().all() for o in (output if isinstance(output, tuple) else [output]))
 
 
 @pytest.mark.parametrize("distance", ["dot", "l1"])
-def test_raw_interference_goes_with_distances_of_raw_embeddings(distance, x, labels):
+def test_interference_without_normalization_works_with_unnormalized_distances(distance, x, labels):
     loss_func = ClassInterferenceRegularizer(NUM_CLASSES, EMBEDDING_SIZE, normalize=False).attach(
         pml_losses.ContrastiveLoss(distance=DISTANCES[distance])
     )
@@ -205,8 +205,8 @@ def test_raw_interference_goes_with_distances_of_raw_embeddings(distance, x, lab
         assert loss_func(x, labels).isfinite()
 
 
-@pytest.mark.stating(needs_teacher_embeddings=False)
-def test_inside_multiple_losses(loss_component, miner_component, x, labels):
+@pytest.mark.components_with(needs_teacher_embeddings=False)
+def test_works_in_multiple_losses(loss_component, miner_component, x, labels):
     ours, miner = loss_component.make(), miner_component.make()
     other, other_miner = pml_losses.TripletMarginLoss(), miners.TripletMarginMiner()
     both = pml_losses.MultipleLosses([ours, other], [miner, other_miner], weights=[0.5, 2])
@@ -217,14 +217,14 @@ def test_inside_multiple_losses(loss_component, miner_component, x, labels):
     assert torch.allclose(both(embeddings, labels), expected)
 
 
-@pytest.mark.stating(needs_teacher_embeddings=True)
-def test_multiple_losses_bring_no_teacher(loss_component, x, labels):
+@pytest.mark.components_with(needs_teacher_embeddings=True)
+def test_multiple_losses_without_teacher_embeddings_are_refused(loss_component, x, labels):
     with pytest.raises(ValueError, match="teacher"):
         pml_losses.MultipleLosses([loss_component.make()])(x, labels)
 
 
-@pytest.mark.stating(takes_references=True)
-def test_references(loss_component, x, labels):
+@pytest.mark.components_with(takes_references=True)
+def test_gradients_with_references_are_finite(loss_component, x, labels):
     x.requires_grad_()
     loss_func = loss_component.make()
     embeddings = loss_component.embed(loss_func, x)
@@ -235,7 +235,7 @@ def test_references(loss_component, x, labels):
     assert x.grad.abs().sum() > 0
 
 
-@pytest.mark.stating(takes_references=False)
+@pytest.mark.components_with(takes_references=False)
 def test_references_are_refused(loss_component, x, labels):
     loss_func = loss_component.make()
     embeddings = loss_component.embed(loss_func, x)
@@ -243,9 +243,9 @@ def test_references_are_refused(loss_component, x, labels):
         loss_func(embeddings, labels, ref_emb=torch.randn(9, len(x.T)), ref_labels=labels[-9:])
 
 
-def steps_in_a_memory(memory, labels):
+def train_with_memory(memory, labels):
     total = 0.0
-    for step in range(5):  # the memory is filled, and wraps around
+    for step in range(5):  # until the queue is full and wraps around
         x = torch.randn(len(labels), EMBEDDING_SIZE, requires_grad=True)
         loss = memory(x, labels.roll(step))
         loss.backward()
@@ -255,27 +255,27 @@ def steps_in_a_memory(memory, labels):
     assert total > 0
 
 
-@pytest.mark.stating(supports_cross_batch_memory=True)
-def test_inside_a_cross_batch_memory(loss_component, labels):
+@pytest.mark.components_with(supports_cross_batch_memory=True)
+def test_works_in_cross_batch_memory(loss_component, labels):
     memory = CrossBatchMemory(loss_component.make(), EMBEDDING_SIZE, memory_size=3 * len(labels))
-    steps_in_a_memory(memory, labels)
+    train_with_memory(memory, labels)
 
 
-@pytest.mark.stating(supports_cross_batch_memory=True)
-def test_inside_a_cross_batch_memory_with_every_miner(loss_component, make_miner, labels):
+@pytest.mark.components_with(supports_cross_batch_memory=True)
+def test_works_in_cross_batch_memory_with_every_miner(loss_component, make_miner, labels):
     memory = CrossBatchMemory(
         loss_component.make(), EMBEDDING_SIZE, memory_size=3 * len(labels), miner=make_miner()
     )
-    steps_in_a_memory(memory, labels)
+    train_with_memory(memory, labels)
 
 
-@pytest.mark.stating(supports_cross_batch_memory=True)
-def test_a_memory_of_the_batch_alone_is_the_batch(loss_component, x, labels):
+@pytest.mark.components_with(supports_cross_batch_memory=True)
+def test_memory_of_only_the_current_batch_does_not_change_the_loss(loss_component, x, labels):
     memory = CrossBatchMemory(loss_component.make(), EMBEDDING_SIZE, memory_size=len(x))
     assert torch.allclose(memory(x, labels), value(loss_component, x, labels), rtol=1e-5)
 
 
-def test_a_memorys_place_in_the_queue_is_resumed(labels):
+def test_cross_batch_memory_resumes_its_queue_position(labels):
     def run(memory, steps):
         x = torch.eye(10, EMBEDDING_SIZE)
         return [memory(x + step, labels[:10]) for step in steps]
@@ -296,19 +296,19 @@ def test_a_memorys_place_in_the_queue_is_resumed(labels):
     ],
     ids=["CrossBatchMemory", "SelfSupervisedLoss", "PMLs-CrossBatchMemory"],
 )
-@pytest.mark.stating(supports_cross_batch_memory=False)
-def test_memories_refuse_the_others(loss_component, wrapper):
+@pytest.mark.components_with(supports_cross_batch_memory=False)
+def test_memory_wrappers_refuse_unsupported_losses(loss_component, wrapper):
     loss_func = loss_component.make()
     with pytest.raises(Exception, match=f"not supported for {type(loss_func).__name__}"):
         wrapper(loss_func)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.stating(supports_cross_batch_memory=True)
-@pytest.mark.filterwarnings("ignore:num_neighbors")  # two views, or one, of each sample
-def test_self_supervised(loss_component, symmetric, x):
+@pytest.mark.components_with(supports_cross_batch_memory=True)
+@pytest.mark.filterwarnings("ignore:num_neighbors")  # each class has one or two samples
+def test_works_in_self_supervised_loss(loss_component, symmetric, x):
     x.requires_grad_()
-    # Every sample is a class.
+    # Each sample is a class of its own.
     loss_func = SelfSupervisedLoss(loss_component.make(num_classes=len(x)), symmetric=symmetric)
     loss = loss_func(x, x.detach() + 0.1 * torch.randn_like(x))
     loss.backward()
@@ -318,17 +318,17 @@ def test_self_supervised(loss_component, symmetric, x):
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_self_supervised_contextual_loss_wants_views_to_be_near(symmetric, x):
+def test_self_supervised_contextual_loss_is_lower_for_similar_views(symmetric, x):
     x.requires_grad_()
     loss_func = SelfSupervisedLoss(ContextualLoss(num_neighbors=1 + symmetric), symmetric=symmetric)
-    near = loss_func(x, x.detach() + 0.01 * torch.randn_like(x))
-    near.backward()
+    similar = loss_func(x, x.detach() + 0.01 * torch.randn_like(x))
+    similar.backward()
     assert x.grad.isfinite().all()
-    assert near < loss_func(x, torch.randn_like(x))
+    assert similar < loss_func(x, torch.randn_like(x))
 
 
-def test_batched_distances_and_inference_are_left_alone(loss_component, x, labels):
-    # A loss's distance object may be shared with other components.
+def test_a_shared_distance_object_still_works(loss_component, x, labels):
+    # Users may pass the same distance object to several components.
     shared = distances.CosineSimilarity(collect_stats=True)
     value(loss_component, x, labels, distance=shared)
     assert shared(x).shape == (len(x), len(x))

@@ -1,4 +1,4 @@
-"""Contracts on what goes in and what is kept."""
+"""Inputs of all kinds, state_dicts, copies, repr and logged statistics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from record_keeper import RecordKeeper, RecordWriter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 TOLERANCE = {
-    torch.float64: 1e-5,  # of the float32 run it is compared with
+    torch.float64: 1e-5,  # the rounding of the float32 run that it is compared with
     torch.float32: 0,
     torch.bfloat16: 1e-2,
     torch.float16: 2e-3,
@@ -29,7 +29,7 @@ def assert_same(actual, expected):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_dtypes_agree_with_float32(loss_component, x, labels, dtype):
+def test_all_dtypes_give_the_loss_of_float32(loss_component, x, labels, dtype):
     x = x.to(dtype)
     expected = loss_component.call(loss_component.make(), x.float(), labels)
     x.requires_grad_()
@@ -41,17 +41,20 @@ def test_dtypes_agree_with_float32(loss_component, x, labels, dtype):
     assert x.grad.abs().sum() > 0
 
 
+def dtypes(instance):
+    return {k: t.dtype for k, t in [*instance.named_parameters(), *instance.named_buffers()]}
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_dtypes_keep_parameters_and_buffers(component, x, labels, dtype):
-    thing = component.make()
-    kinds = {name: t.dtype for name, t in [*thing.named_parameters(), *thing.named_buffers()]}
-    output = component.call(thing, x.to(dtype), labels)
-    kept = {name: t.dtype for name, t in [*thing.named_parameters(), *thing.named_buffers()]}
-    assert (kept == kinds) == (component.keeps_dtypes or dtype == torch.float32)
+def test_parameters_and_buffers_keep_their_dtypes(component, x, labels, dtype):
+    instance = component.make()
+    before = dtypes(instance)
+    output = component.call(instance, x.to(dtype), labels)
+    assert (dtypes(instance) == before) == (component.keeps_dtypes or dtype == torch.float32)
     assert all(t.isfinite().all() for t in as_tensors(output) if t.is_floating_point())
 
 
-def test_layout_of_memory_does_not_matter(any_component, x, labels):
+def test_memory_layout_does_not_matter(any_component, x, labels):
     expected = any_component.call(any_component.make(), x, labels)
     wide = torch.stack([x.T, torch.randn_like(x.T)], 2)
     strided = wide[..., 0].T
@@ -63,7 +66,7 @@ def test_layout_of_memory_does_not_matter(any_component, x, labels):
         assert torch.allclose(a, e, atol=1e-6)
 
 
-def test_inputs_without_gradient(any_component, x, labels):
+def test_works_without_gradients(any_component, x, labels):
     expected = any_component.call(any_component.make(), x.clone().requires_grad_(), labels)
     assert_same(any_component.call(any_component.make(), x, labels), expected)
     with torch.no_grad():
@@ -77,90 +80,92 @@ def test_inputs_are_not_changed(any_component, x, labels):
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)
-def test_labels_of_any_integer_type(component, x, labels, dtype):
+def test_labels_may_have_any_integer_type(component, x, labels, dtype):
     expected = component.call(component.make(), x, labels)
     assert_same(component.call(component.make(), x, labels.to(dtype)), expected)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device: no GPU here")
-def test_labels_on_another_device(component, x, labels):
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_works_on_a_gpu(component, x, labels):
     component.call(component.make().cuda(), x.cuda(), labels)
 
 
-def warmed(component, x, labels, **kwargs):
-    thing = component.make(**kwargs)
+def make_after_two_steps(component, x, labels, **kwargs):
+    instance = component.make(**kwargs)
     for _ in range(2):
-        component.call(thing, x, labels)
-    return thing
+        component.call(instance, x, labels)
+    return instance
 
 
-class Draws(TorchDispatchMode):
-    """Notes whether anything is drawn at random."""
+class RandomnessDetector(TorchDispatchMode):
+    """Records whether any random numbers are drawn."""
 
-    noted = False
+    found = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.noted |= torch.Tag.nondeterministic_seeded in func.tags
+        self.found |= torch.Tag.nondeterministic_seeded in func.tags
         return func(*args, **(kwargs or {}))
 
 
-def test_random_draws_are_stated(component, x, labels):
-    thing = warmed(component, x, labels)
-    with Draws() as draws:
-        component.call(thing, x, labels)
-    assert draws.noted == (component.without_draws is not None)
+def test_random_draws_are_declared(component, x, labels):
+    instance = make_after_two_steps(component, x, labels)
+    with RandomnessDetector() as randomness:
+        component.call(instance, x, labels)
+    assert randomness.found == (component.without_randomness is not None)
 
 
-def test_state_dict_round_trip(component, x, labels):
-    thing = warmed(component, x, labels)
+def test_state_dict_restores_the_state(component, x, labels):
+    instance = make_after_two_steps(component, x, labels)
     file = io.BytesIO()
-    torch.save(thing.state_dict(), file)
+    torch.save(instance.state_dict(), file)
     file.seek(0)
     restored = component.make(seed=99)
     restored.load_state_dict(torch.load(file, weights_only=True))
     for _ in range(2):
         assert_same(
             component.call(restored, x.roll(1, 0), labels),
-            component.call(thing, x.roll(1, 0), labels),
+            component.call(instance, x.roll(1, 0), labels),
         )
 
 
-def test_deep_copy_goes_its_own_way(component, x, labels):
-    thing = warmed(component, x, labels)
-    copied = copy.deepcopy(thing)
-    buffers = [b.clone() for b in thing.buffers()]
-    embeddings = component.embed(thing, x.roll(1, 0))  # once: copies watch the same network
+def test_a_deep_copy_is_independent(component, x, labels):
+    instance = make_after_two_steps(component, x, labels)
+    copied = copy.deepcopy(instance)
+    buffers = [b.clone() for b in instance.buffers()]
+    # Embed once, because both observe the same network.
+    embeddings = component.embed(instance, x.roll(1, 0))
     actual = component.use(copied, embeddings, labels)
-    assert_same(list(thing.buffers()), buffers)
-    assert_same(actual, component.use(thing, embeddings, labels))
+    assert_same(list(instance.buffers()), buffers)
+    assert_same(actual, component.use(instance, embeddings, labels))
 
 
-def ours_in(thing):
-    """What of this package is in a component, the attached regularizer among it.
+def modules_of_ours(instance):
+    """The modules of a component that belong to this package, such as an attached regularizer.
 
-    A wrapper of PML's whose constructor we left alone shows and records what PML would.
+    Subclasses of PML's wrappers that inherit the constructor are left out: PML defines what they
+    show and record.
     """
-    modules = thing.modules() if isinstance(thing, torch.nn.Module) else [thing]
+    modules = instance.modules() if isinstance(instance, torch.nn.Module) else [instance]
     return [m for m in modules if type(m).__init__.__module__.startswith("pml_extras")]
 
 
-def test_repr_shows_all_settings(any_component):
-    for module in ours_in(any_component.make()):
+def test_repr_shows_all_hyperparameters(any_component):
+    for module in modules_of_ours(any_component.make()):
         parameters = inspect.signature(type(module)).parameters.values()
-        settings = [
+        hyperparameters = [
             p.name
             for p in parameters
             if p.kind is not p.VAR_KEYWORD and p.name not in ("loss", "teacher", "generator")
         ]
-        for name in settings:
+        for name in hyperparameters:
             assert f"{name}={getattr(module, name)!r}" in repr(module)
 
 
-def test_stats_only_when_asked_for_and_then_finite_numbers(component, x, labels):
-    silent = warmed(component, x, labels)
-    assert not any(hasattr(m, "_record_these_stats") for m in ours_in(silent))
-    talking = warmed(component, x, labels, collect_stats=True)
-    for module in ours_in(talking):
+def test_stats_are_collected_only_on_request_and_are_finite(component, x, labels):
+    without_stats = make_after_two_steps(component, x, labels)
+    assert not any(hasattr(m, "_record_these_stats") for m in modules_of_ours(without_stats))
+    with_stats = make_after_two_steps(component, x, labels, collect_stats=True)
+    for module in modules_of_ours(with_stats):
         for name in getattr(module, "_record_these_stats", []):
             value = getattr(module, name)
             assert type(value) in (int, float), name
@@ -169,36 +174,38 @@ def test_stats_only_when_asked_for_and_then_finite_numbers(component, x, labels)
 
 
 def test_stats_do_not_change_the_result(component, x, labels):
-    silent, talking = (warmed(component, x, labels, collect_stats=on) for on in (False, True))
-    assert_same(component.call(talking, x, labels), component.call(silent, x, labels))
+    without_stats, with_stats = (
+        make_after_two_steps(component, x, labels, collect_stats=on) for on in (False, True)
+    )
+    assert_same(component.call(with_stats, x, labels), component.call(without_stats, x, labels))
 
 
-def test_record_keeper_takes_settings_and_stats(component, x, labels, tmp_path):
+def test_record_keeper_logs_hyperparameters_and_stats(component, x, labels, tmp_path):
     keeper = RecordKeeper(
         record_writer=RecordWriter(str(tmp_path)),
         attributes_to_search_for=["_record_these", "_record_these_stats"],
     )
-    thing = warmed(component, x, labels, collect_stats=True)
+    instance = make_after_two_steps(component, x, labels, collect_stats=True)
     for iteration in range(2):
         keeper.update_records(
-            {"metric_loss": thing}, iteration, recursive_types=[torch.nn.Module, dict]
+            {"metric_loss": instance}, iteration, recursive_types=[torch.nn.Module, dict]
         )
         keeper.save_records()
     recorded = " ".join(path.read_text() for path in tmp_path.glob("*.csv"))
-    for module in ours_in(thing):
+    for module in modules_of_ours(instance):
         for name in module._record_these:
             assert name in recorded
 
 
-def test_trains(loss_component, x, labels):
+def test_optimizer_steps_change_the_embeddings_and_keep_them_finite(loss_component, x, labels):
     x.requires_grad_()
-    thing = loss_component.make()
-    parameters = [x, *thing.parameters()]
+    instance = loss_component.make()
+    parameters = [x, *instance.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=0.01)
     before = x.detach().clone()
     for _ in range(3):
         optimizer.zero_grad()
-        loss_component.call(thing, x, labels).backward()
+        loss_component.call(instance, x, labels).backward()
         optimizer.step()
     assert x.isfinite().all()
     assert not torch.equal(x.detach(), before)

@@ -1,4 +1,4 @@
-"""Contracts under autocast, torch.compile, higher derivatives and vmap."""
+"""Autocast, torch.compile, second derivatives and vmap."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ N = 24
 
 
 def interference(x, c, y):
-    generator = None  # a Generator is no input that torch.compile can trace
+    generator = None  # torch.compile cannot trace a Generator
     return f.class_interference(
         x, y, c, torch.ones(C, dtype=torch.long), strength=0.2, generator=generator
     )
@@ -47,14 +47,14 @@ FUNCTIONS = {
 }
 
 
-FOR_MANY = {
+FOR_LARGE_INPUTS = {
     "center_contrastive_loss-chunked": lambda x, c, y: f.center_contrastive_loss(
         x, c, y, implementation="chunked"
     ),
     "contextual_loss-sparse": lambda x, c, y: (
         f.contextual_loss(x, y, implementation="sparse").contextual
     ),
-    "contrastive_term-sparse": lambda x, c, y: (
+    "contrastive_term-chunked": lambda x, c, y: (
         f.contextual_loss(
             x, y, pos_margin=0.9, neg_margin=-0.5, implementation="sparse"
         ).contrastive
@@ -80,20 +80,20 @@ def value_and_gradients(function, inputs, autocast=None):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_compiles_without_graph_breaks_to_the_same_values(name, inputs):
+def test_compiles_without_graph_breaks(name, inputs):
     torch._dynamo.reset()
-    # aot_eager traces forward and backward as inductor does, without a C++ compiler.
+    # aot_eager traces forward and backward as inductor does, but needs no C++ compiler.
     compiled = torch.compile(FUNCTIONS[name], backend="aot_eager", fullgraph=True)
     expected = value_and_gradients(FUNCTIONS[name], inputs)
     actual = value_and_gradients(compiled, inputs)
     assert len(actual) == len(expected)
-    if name == "class_interference":  # other draws: the compiler has random numbers of its own
+    if name == "class_interference":  # compiled code draws other random numbers
         assert actual[0].shape == expected[0].shape
         assert torch.allclose(actual[0].norm(dim=1), torch.ones(N))
         return
     for a, e in zip(actual, expected, strict=True):
         assert torch.allclose(a, e, atol=1e-6)
-    # A compiled backward is traced under the autocast that the call is under.
+    # Backward is compiled under the autocast context of the call.
     under_autocast = value_and_gradients(compiled, inputs, autocast=torch.bfloat16)
     for a, e in zip(under_autocast, expected, strict=True):
         assert torch.allclose(a, e, atol=1e-6)
@@ -101,11 +101,11 @@ def test_compiles_without_graph_breaks_to_the_same_values(name, inputs):
 
 @pytest.mark.parametrize("backward_too", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", [*FUNCTIONS, *FOR_MANY])
+@pytest.mark.parametrize("name", [*FUNCTIONS, *FOR_LARGE_INPUTS])
 def test_autocast_changes_nothing(name, inputs, dtype, backward_too):
-    function = {**FUNCTIONS, **FOR_MANY}[name]
+    function = {**FUNCTIONS, **FOR_LARGE_INPUTS}[name]
     expected = value_and_gradients(function, inputs)
-    # torch advises against a backward pass under autocast; many do it all the same.
+    # torch advises against a backward pass under autocast, but many users do it.
     with torch.autocast("cpu", dtype=dtype, enabled=backward_too):
         actual = value_and_gradients(function, inputs, autocast=dtype)
     for a, e in zip(actual, expected, strict=True):
@@ -114,7 +114,7 @@ def test_autocast_changes_nothing(name, inputs, dtype, backward_too):
 
 
 @pytest.mark.parametrize("backward_too", [False, True])
-def test_losses_in_an_autocast_training_step(loss_component, x, labels, backward_too):
+def test_losses_in_a_training_step_under_autocast(loss_component, x, labels, backward_too):
     def step(enabled):
         loss_func = loss_component.make()
         torch.manual_seed(0)
@@ -143,7 +143,7 @@ def test_smooth_functions_have_second_derivatives(name):
     assert torch.autograd.gradgradcheck(lambda x, c: FUNCTIONS[name](x, c, torch.arange(5)), (x, c))
 
 
-def test_divergence_has_second_derivatives_with_respect_to_the_student():
+def test_listwise_kl_has_second_derivatives_for_the_student():
     x, teacher = torch.randn(2, 5, 3, dtype=torch.float64)
     function = lambda x: f.listwise_kl(x, teacher, temperature=0.5)  # noqa: E731
     assert torch.autograd.gradgradcheck(function, x.requires_grad_())

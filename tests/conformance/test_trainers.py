@@ -1,4 +1,4 @@
-"""Contracts in PML's trainers, testers and logging presets: real runs on small data."""
+"""Short training runs with PML's trainers, testers and logging presets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ METRIC = "mean_average_precision_at_r"
 
 
 class Data(torch.utils.data.Dataset):
-    """Five coordinates, of which the class raises one; also as pairs, for two streams."""
+    """Noisy one-hot vectors of the class, or pairs of them for two streams."""
 
     def __init__(self, two_streams=False, seed=0):
         generator = torch.Generator().manual_seed(seed)
@@ -46,7 +46,7 @@ def networks():
 
 
 def build(make_loss, trainer=trainers.MetricLossOnly, miner=None):
-    """A trainer with such losses in it, made for C classes, a size and the networks in training."""
+    """A trainer whose losses come from make_loss(num_classes, embedding_size, networks)."""
     models, loss_funcs, mining_funcs, extra = networks(), {}, {}, {}
     student = [models["trunk"], models["embedder"]]
     two_streams = trainer is trainers.TwoStreamMetricLoss
@@ -89,10 +89,10 @@ def build(make_loss, trainer=trainers.MetricLossOnly, miner=None):
     )
 
 
-def hooked(trainer, component, hook=None):
-    """Let losses that want to know of the ends of epochs know, and then call the hook."""
+def with_hooks(trainer, component, hook=None):
+    """At the end of each epoch, call those losses that need it, then ``hook``."""
     for name, loss_func in trainer.loss_funcs.items():
-        if component.watches_a_network and name.startswith("metric_loss"):
+        if component.observes_network and name.startswith("metric_loss"):
             hook = loss_func.end_of_epoch_hook(hook)
     trainer.end_of_epoch_hook = hook or (lambda trainer: None)
     return trainer
@@ -113,10 +113,10 @@ TRAINERS = {
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
-@pytest.mark.stating(needs_teacher_embeddings=False)
+@pytest.mark.components_with(needs_teacher_embeddings=False)
 @pytest.mark.filterwarnings("ignore:num_neighbors")
-def test_every_loss_in_every_trainer(loss_component, trainer):
-    run = hooked(build(loss_component.make, TRAINERS[trainer]), loss_component)
+def test_trains_in_every_trainer(loss_component, trainer):
+    run = with_hooks(build(loss_component.make, TRAINERS[trainer]), loss_component)
     before = copy.deepcopy(weights(run))
     run.train(num_epochs=3)
     after = weights(run)
@@ -124,18 +124,18 @@ def test_every_loss_in_every_trainer(loss_component, trainer):
     assert not all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
-@pytest.mark.stating(needs_teacher_embeddings=True)
-def test_trainers_bring_no_teacher(loss_component):
+@pytest.mark.components_with(needs_teacher_embeddings=True)
+def test_trainers_without_teacher_embeddings_are_refused(loss_component):
     with pytest.raises(ValueError, match="teacher"):
         build(loss_component.make).train(num_epochs=1)
 
 
 @pytest.mark.parametrize("trainer", ["MetricLossOnly", "CascadedEmbeddings", "TwoStreamMetricLoss"])
-@pytest.mark.stating(needs_teacher_embeddings=False, takes_tuples=True)
+@pytest.mark.components_with(needs_teacher_embeddings=False, takes_tuples=True)
 @pytest.mark.filterwarnings("ignore:num_neighbors")
-def test_our_miner_in_trainers(loss_component, miner_component, trainer):
+def test_our_miner_works_in_trainers(loss_component, miner_component, trainer):
     run = build(loss_component.make, TRAINERS[trainer], miner_component.make())
-    hooked(run, loss_component).train(num_epochs=3)
+    with_hooks(run, loss_component).train(num_epochs=3)
     assert all(v.isfinite().all() for v in weights(run) if v.is_floating_point())
 
 
@@ -154,7 +154,7 @@ def make_tester(kind, knn_func, **kwargs):
         testers.GlobalTwoStreamEmbeddingSpaceTester,
     ],
 )
-def test_every_tester(knn_component, kind):
+def test_knn_func_works_in_every_tester(knn_component, kind):
     class Labelled(Data):
         def __getitem__(self, i):
             if kind is testers.WithSameParentLabelTester:
@@ -168,58 +168,58 @@ def test_every_tester(knn_component, kind):
     assert 0 < results["val"][f"{METRIC}_level0"] <= 1
 
 
-def logged(component, folder, miner=None, **kwargs):
-    """A trainer with PML's whole logging preset around it."""
+def make_logged_run(component, folder, miner=None, **kwargs):
+    """A trainer with all of PML's logging hooks."""
     run = build(functools.partial(component.make, **kwargs), miner=miner)
     keeper, _, _ = get_record_keeper(str(folder / "logs"), str(folder / "tensorboard"))
     hooks = HookContainer(keeper, primary_metric=METRIC, validation_split_name="val", log_freq=1)
-    watcher = make_tester(
+    tester = make_tester(
         testers.GlobalEmbeddingSpaceTester,
         ContextualKNN(num_neighbors=5),
         end_of_testing_hook=hooks.end_of_testing_hook,
     )
     run.end_of_iteration_hook = hooks.end_of_iteration_hook
     models = folder / "models"
-    hook = hooks.end_of_epoch_hook(watcher, {"val": Data(seed=1)}, str(models))
-    return hooked(run, component, hook), hooks, models
+    hook = hooks.end_of_epoch_hook(tester, {"val": Data(seed=1)}, str(models))
+    return with_hooks(run, component, hook), hooks, models
 
 
 def check_resuming(component, miner, folder):
-    """A run resumed from PML's checkpoints goes on exactly."""
-    whole, _, _ = logged(component, folder / "whole", miner)
-    whole.train(num_epochs=4)
+    """A run that is resumed from PML's checkpoints must equal one without interruption."""
+    uninterrupted, _, _ = make_logged_run(component, folder / "uninterrupted", miner)
+    uninterrupted.train(num_epochs=4)
 
-    stopped, _, _ = logged(component, folder / "run", miner)
+    stopped, _, _ = make_logged_run(component, folder / "run", miner)
     stopped.train(num_epochs=2)
-    resumed, hooks, models = logged(component, folder / "run", miner)
+    resumed, hooks, models = make_logged_run(component, folder / "run", miner)
     start = hooks.load_latest_saved_models(resumed, str(models), device=CPU)
     assert start == 3
     resumed.train(start_epoch=start, num_epochs=4)
 
-    for actual, expected in zip(weights(resumed), weights(whole), strict=True):
+    for actual, expected in zip(weights(resumed), weights(uninterrupted), strict=True):
         assert torch.equal(actual, expected)
-    for name, optimizer in whole.optimizers.items():
+    for name, optimizer in uninterrupted.optimizers.items():
         expected = optimizer.state_dict()["state"]
         for key, state in resumed.optimizers[name].state_dict()["state"].items():
             assert all(torch.equal(v, expected[key][k]) for k, v in state.items())
 
 
-@pytest.mark.stating(needs_teacher_embeddings=False, takes_tuples=True)
+@pytest.mark.components_with(needs_teacher_embeddings=False, takes_tuples=True)
 @pytest.mark.filterwarnings("ignore:num_neighbors")
-def test_a_resumed_run_goes_on_exactly(loss_component, tmp_path):
+def test_a_resumed_run_continues_exactly(loss_component, tmp_path):
     check_resuming(loss_component, MultiSimilarityMiner(), tmp_path)
 
 
-@pytest.mark.stating(needs_teacher_embeddings=False, takes_tuples=True)
+@pytest.mark.components_with(needs_teacher_embeddings=False, takes_tuples=True)
 @pytest.mark.filterwarnings("ignore:num_neighbors")
-def test_a_resumed_run_with_our_miner_goes_on_exactly(loss_component, miner_component, tmp_path):
+def test_a_resumed_run_with_our_miner_continues_exactly(loss_component, miner_component, tmp_path):
     check_resuming(loss_component, miner_component.make(), tmp_path)
 
 
-@pytest.mark.stating(needs_teacher_embeddings=False)
+@pytest.mark.components_with(needs_teacher_embeddings=False)
 @pytest.mark.filterwarnings("ignore:num_neighbors")
-def test_stats_reach_the_logs(loss_component, tmp_path):
-    run, hooks, _ = logged(loss_component, tmp_path, collect_stats=True)
+def test_stats_are_logged(loss_component, tmp_path):
+    run, hooks, _ = make_logged_run(loss_component, tmp_path, collect_stats=True)
     run.train(num_epochs=2)
     for module in run.loss_funcs["metric_loss"].modules():
         if type(module).__module__.startswith("pml_extras") and module.collect_stats:

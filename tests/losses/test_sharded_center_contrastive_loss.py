@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from processes import run_processes
 from pytorch_metric_learning.losses import MultipleLosses
 from pytorch_metric_learning.miners import BatchEasyHardMiner, MultiSimilarityMiner
 from pytorch_metric_learning.reducers import ClassWeightedReducer, DoNothingReducer
@@ -30,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from helpers.processes import run_processes
 from pml_extras.functional import _center_contrastive
 from pml_extras.functional._kernels import negative_logsumexp
 from pml_extras.losses import CenterContrastiveLoss, ShardedCenterContrastiveLoss

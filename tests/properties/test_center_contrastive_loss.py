@@ -1,4 +1,4 @@
-"""Properties of CenterContrastiveLoss in both modes."""
+"""Properties of CenterContrastiveLoss, for both kinds of center update."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from pytorch_metric_learning.reducers import DoNothingReducer
 
+from helpers.formulas import gradients_fit_dtype, normalized, norms_fit_float32
+from helpers.state import assert_refused_without_change, same_state, state_is_finite, state_of
+from helpers.strategies import class_labels, embeddings, log_uniform, seeds, shapes, small_shapes
 from pml_extras.losses import CenterContrastiveLoss
 
-MODES = pytest.mark.parametrize("center_update", ["gradient", "ema"])
+CENTER_UPDATES = pytest.mark.parametrize("center_update", ["gradient", "ema"])
 WEIGHTS = st.sampled_from([0.0, 1.5, 1e3])
 
 
-def draw_loss(data, cases, num_classes, d, center_update, **kwargs):
-    torch.manual_seed(data.draw(cases.seeds))
+def draw_loss(data, num_classes, d, center_update, **kwargs):
+    torch.manual_seed(data.draw(seeds))
     return CenterContrastiveLoss(
         num_classes,
         d,
-        scale=data.draw(cases.log_uniform(-3, 4)),
+        scale=data.draw(log_uniform(-3, 4)),
         margin=data.draw(st.sampled_from([0.0, 0.2, 2.0])),
         center_weight=data.draw(WEIGHTS),
         center_update=center_update,
@@ -31,10 +34,8 @@ def draw_loss(data, cases, num_classes, d, center_update, **kwargs):
     )
 
 
-def draw_batch(data, cases, n, d, num_classes, **kwargs):
-    return data.draw(cases.embeddings(n, d, **kwargs)), data.draw(
-        cases.class_labels(n, num_classes)
-    )
+def draw_batch(data, n, d, num_classes, **kwargs):
+    return data.draw(embeddings(n, d, **kwargs)), data.draw(class_labels(n, num_classes))
 
 
 def per_sample(loss_func, x, y, *args):
@@ -46,21 +47,21 @@ def per_sample(loss_func, x, y, *args):
     return losses
 
 
-def plain_losses(cases, loss_func, x, y):
-    """The docstring's formula, in float64, with the centers as they are."""
-    x, c, y = cases.unit(x), cases.unit(loss_func.centers.detach()), y.long()
+def loss_formula(loss_func, x, y):
+    """The docstring's formula in float64, with the current centers."""
+    x, c, y = normalized(x), normalized(loss_func.centers.detach()), y.long()
     rows = torch.arange(len(x))
     z = loss_func.scale * x @ c.T
     distances = 2 - 2 * z[rows, y] / loss_func.scale
     z[rows, y] -= loss_func.scale * loss_func.margin
-    takes_part = torch.ones(len(x), len(c), dtype=torch.bool)
+    class_mask = torch.ones(len(x), len(c), dtype=torch.bool)
     if loss_func.center_update == "ema":
-        takes_part = (loss_func.class_counts > 0).expand(len(x), -1).clone()
-        takes_part[rows, y] = True
-    log_p = z.masked_fill(~takes_part, -1e300).log_softmax(1)
+        class_mask = (loss_func.class_counts > 0).expand(len(x), -1).clone()
+        class_mask[rows, y] = True
+    log_p = z.masked_fill(~class_mask, -1e300).log_softmax(1)
     smoothing = loss_func.label_smoothing
     loss = -(1 - smoothing) * log_p[rows, y]
-    loss = loss - smoothing * (log_p * takes_part).sum(1) / takes_part.sum(1)
+    loss = loss - smoothing * (log_p * class_mask).sum(1) / class_mask.sum(1)
     return loss + loss_func.center_weight * distances
 
 
@@ -68,24 +69,24 @@ def tolerance(loss_func, losses):
     return 1e-5 * (1 + losses.abs() + loss_func.scale + loss_func.center_weight)
 
 
-@MODES
+@CENTER_UPDATES
 @given(data=st.data(), num_classes=st.integers(1, 12))
-def test_values_and_gradients(cases, data, num_classes, center_update):
-    n, d = data.draw(cases.shapes)
-    loss_func = draw_loss(data, cases, num_classes, d, center_update)
-    x, y = draw_batch(data, cases, n, d, num_classes)
+def test_values_match_the_formula_and_gradients_are_finite(data, num_classes, center_update):
+    n, d = data.draw(shapes)
+    loss_func = draw_loss(data, num_classes, d, center_update)
+    x, y = draw_batch(data, n, d, num_classes)
     x.requires_grad_()
     loss = loss_func(x, y)
     loss.backward()
     assert loss.isfinite()
     assert loss >= -tolerance(loss_func, torch.zeros(()))
     slope = 2 * loss_func.scale + 4 * loss_func.center_weight
-    if cases.gradients_fit(x, slope):
+    if gradients_fit_dtype(x, slope):
         assert x.grad.isfinite().all()
     if center_update == "gradient" and n:
         assert loss_func.centers.grad.isfinite().all()
-    if n and cases.norms_are_ordinary(x.detach(), loss_func.centers.detach()):
-        expected = plain_losses(cases, loss_func, x.detach(), y)
+    if n and norms_fit_float32(x.detach(), loss_func.centers.detach()):
+        expected = loss_formula(loss_func, x.detach(), y)
         loss_func.eval()
         actual = per_sample(loss_func, x.detach(), y)
         assert ((actual - expected).abs() <= tolerance(loss_func, expected)).all()
@@ -93,113 +94,114 @@ def test_values_and_gradients(cases, data, num_classes, center_update):
 
 
 @given(data=st.data(), num_classes=st.integers(1, 12))
-def test_averages_are_the_formulas(cases, data, num_classes):
-    n, d = data.draw(cases.shapes)
-    loss_func = draw_loss(data, cases, num_classes, d, "ema")
+def test_ema_centers_match_the_formula(data, num_classes):
+    n, d = data.draw(shapes)
+    loss_func = draw_loss(data, num_classes, d, "ema")
     for _ in range(data.draw(st.integers(1, 3))):
-        x, y = draw_batch(data, cases, n, d, num_classes)
-        assume(cases.norms_are_ordinary(x))
+        x, y = draw_batch(data, n, d, num_classes)
+        assume(norms_fit_float32(x))
         old, old_counts = loss_func.centers.double(), loss_func.class_counts.clone()
         loss_func(x, y)
         for c in range(num_classes):
-            members = cases.unit(x)[y.long() == c]
-            assert loss_func.class_counts[c] == old_counts[c] + len(members)
-            if len(members) == 0:
+            class_rows = normalized(x)[y.long() == c]
+            assert loss_func.class_counts[c] == old_counts[c] + len(class_rows)
+            if len(class_rows) == 0:
                 assert torch.equal(loss_func.centers[c].double(), old[c])
                 continue
-            mean = members.mean(0)
+            mean = class_rows.mean(0)
             new = mean / mean.norm().clamp_min(1e-12)
             if old_counts[c]:
                 new = loss_func.momentum * old[c] + (1 - loss_func.momentum) * new
-            if mean.norm() > 1e-2 and new.norm() > 1e-2:  # else the members cancel
+            # Opposite embeddings cancel out and leave only rounding errors.
+            if mean.norm() > 1e-2 and new.norm() > 1e-2:
                 error = loss_func.centers[c].double() - new / new.norm()
                 assert error.norm() < 1e-4
-        assert cases.state_is_finite(cases.state_of(loss_func))
+        assert state_is_finite(state_of(loss_func))
         norms = loss_func.centers.double().norm(dim=1)
         assert (norms < 1 + 1e-5).all()
 
 
 @given(data=st.data(), num_classes=st.integers(1, 12))
-def test_broken_rows_are_as_if_left_out_of_the_averages(cases, data, num_classes):
-    n, d = data.draw(cases.shapes)
-    with_them = draw_loss(data, cases, num_classes, d, "ema")
-    without_them = copy.deepcopy(with_them)
+def test_ema_centers_ignore_non_finite_rows(data, num_classes):
+    n, d = data.draw(shapes)
+    on_all_rows = draw_loss(data, num_classes, d, "ema")
+    on_finite_rows = copy.deepcopy(on_all_rows)
     for _ in range(2):
-        x, y = draw_batch(data, cases, n, d, num_classes, broken=True)
+        x, y = draw_batch(data, n, d, num_classes, non_finite=True)
         finite = x.float().isfinite().all(1)
-        loss = with_them(x, y)
-        without_them(x[finite], y.long()[finite])
-        assert cases.same_state(with_them.state_dict(), without_them.state_dict())
+        loss = on_all_rows(x, y)
+        on_finite_rows(x[finite], y.long()[finite])
+        assert same_state(on_all_rows.state_dict(), on_finite_rows.state_dict())
         if finite.all():
             assert loss.isfinite()
         elif n:
-            losses = per_sample(with_them.eval(), x, y)
+            losses = per_sample(on_all_rows.eval(), x, y)
             assert losses[finite].isfinite().all()
-            with_them.train()
-    assert cases.state_is_finite(with_them.state_dict())
+            on_all_rows.train()
+    assert state_is_finite(on_all_rows.state_dict())
 
 
-@MODES
+@CENTER_UPDATES
 @given(data=st.data(), num_classes=st.integers(1, 12))
-def test_order_does_not_matter(cases, data, num_classes, center_update):
-    n, d = data.draw(cases.shapes)
-    one = draw_loss(data, cases, num_classes, d, center_update)
+def test_sample_order_does_not_matter(data, num_classes, center_update):
+    n, d = data.draw(shapes)
+    one = draw_loss(data, num_classes, d, center_update)
     other = copy.deepcopy(one)
-    x, y = draw_batch(data, cases, n, d, num_classes, broken=True)
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(data.draw(cases.seeds)))
+    x, y = draw_batch(data, n, d, num_classes, non_finite=True)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(data.draw(seeds)))
     losses, permuted = per_sample(one, x, y), per_sample(other, x[order], y.long()[order])
-    assert cases.same_state(one.state_dict(), other.state_dict())
+    assert same_state(one.state_dict(), other.state_dict())
     error = (permuted - losses[order]).abs()
     assert ((error <= tolerance(one, losses[order])) | error.isnan()).all()
 
 
-@MODES
+@CENTER_UPDATES
 @given(data=st.data(), num_classes=st.integers(1, 12), exponent=st.integers(-6, 6))
-def test_scale_does_not_matter(cases, data, num_classes, exponent, center_update):
-    n, d = data.draw(cases.shapes)
-    one = draw_loss(data, cases, num_classes, d, center_update)
+def test_embedding_norms_do_not_matter(data, num_classes, exponent, center_update):
+    n, d = data.draw(shapes)
+    one = draw_loss(data, num_classes, d, center_update)
     other = copy.deepcopy(one)
-    x, y = draw_batch(data, cases, n, d, num_classes, extreme=False)
+    x, y = draw_batch(data, n, d, num_classes, extreme=False)
     scaled = x * 2.0**exponent
     assume(scaled.isfinite().all() and torch.equal(scaled / 2.0**exponent, x))
-    assume(cases.norms_are_ordinary(x * 1e-3))
+    assume(norms_fit_float32(x * 1e-3))
     with torch.no_grad():
         if center_update == "gradient":
             other.centers *= 2.0**exponent
     assert torch.equal(per_sample(one, x, y), per_sample(other, scaled, y))
     if center_update == "ema":
-        assert cases.same_state(one.state_dict(), other.state_dict())
+        assert same_state(one.state_dict(), other.state_dict())
 
 
-@MODES
+@CENTER_UPDATES
 @given(data=st.data(), num_classes=st.integers(1, 12), smoothing=st.sampled_from([0.0, 0.1]))
-def test_eval_mode_only_looks(cases, data, num_classes, smoothing, center_update):
-    n, d = data.draw(cases.shapes)
-    loss_func = draw_loss(data, cases, num_classes, d, center_update, collect_stats=True)
+def test_eval_mode_keeps_the_state(data, num_classes, smoothing, center_update):
+    n, d = data.draw(shapes)
+    loss_func = draw_loss(data, num_classes, d, center_update, collect_stats=True)
     loss_func.label_smoothing = smoothing
     if data.draw(st.booleans(), label="trained before"):
-        loss_func(*draw_batch(data, cases, n, d, num_classes))
+        loss_func(*draw_batch(data, n, d, num_classes))
     loss_func.eval()
-    before = cases.state_of(loss_func)
-    x, y = draw_batch(data, cases, n, d, num_classes)
+    before = state_of(loss_func)
+    x, y = draw_batch(data, n, d, num_classes)
     loss = loss_func(x, y)
     assert loss.isfinite()
     assert torch.equal(loss_func(x, y), loss)
-    assert cases.same_state(loss_func.state_dict(), before)
+    assert same_state(loss_func.state_dict(), before)
     logits = loss_func.get_logits(x)
     assert logits.shape == (n, num_classes)
     assert not logits.isnan().any()
 
 
-@MODES
+@CENTER_UPDATES
 @given(data=st.data(), num_classes=st.integers(1, 12))
-def test_miners_tuples_are_weights(cases, data, num_classes, center_update):
-    n, d = data.draw(cases.small_shapes)
-    loss_func = draw_loss(data, cases, num_classes, d, center_update)
-    x, y = draw_batch(data, cases, n, d, num_classes)
+def test_a_miners_tuples_weight_the_samples(data, num_classes, center_update):
+    n, d = data.draw(small_shapes)
+    loss_func = draw_loss(data, num_classes, d, center_update)
+    x, y = draw_batch(data, n, d, num_classes)
     loss_func(x, y)
     loss_func.eval()
-    generator = torch.Generator().manual_seed(data.draw(cases.seeds))
+    generator = torch.Generator().manual_seed(data.draw(seeds))
     pairs = data.draw(st.integers(0, 10))
     indices = tuple(
         torch.randint(n, (pairs,), generator=generator)
@@ -211,21 +213,21 @@ def test_miners_tuples_are_weights(cases, data, num_classes, center_update):
     assert torch.allclose(per_sample(loss_func, x, y, indices).double(), expected, rtol=1e-5)
 
 
-@MODES
+@CENTER_UPDATES
 @given(data=st.data())
-def test_refusals_leave_no_trace(cases, data, center_update):
-    (n, d), c = data.draw(cases.small_shapes), 5
-    loss_func = draw_loss(data, cases, c, d, center_update)
+def test_refused_input_does_not_change_the_state(data, center_update):
+    (n, d), c = data.draw(small_shapes), 5
+    loss_func = draw_loss(data, c, d, center_update)
     x, y = torch.randn(n, d), torch.randint(c, (n,))
     loss_func(x, y)
-    wrong = y.clone()
-    wrong[data.draw(st.integers(0, n - 1))] = data.draw(
+    invalid_labels = y.clone()
+    invalid_labels[data.draw(st.integers(0, n - 1))] = data.draw(
         st.sampled_from([-1, c, 2**40, -(2**63), 2**63 - 1])
     )
     index = torch.zeros(1).long()
-    far = index + n
-    calls = {
-        "wrong label": lambda: loss_func(x, wrong),
+    out_of_range = index + n
+    invalid_calls = {
+        "label out of range": lambda: loss_func(x, invalid_labels),
         "no labels": lambda: loss_func(x),
         "float labels": lambda: loss_func(x, y.float()),
         "fewer labels": lambda: loss_func(x, y[1:]),
@@ -236,12 +238,12 @@ def test_refusals_leave_no_trace(cases, data, center_update):
         "integers": lambda: loss_func(x.long(), y),
         "complex": lambda: loss_func(x.cfloat(), y),
         "references": lambda: loss_func(x, y, ref_emb=x.clone(), ref_labels=y.clone()),
-        "triplets out of range": lambda: loss_func(x, y, (index, index, far)),
-        "pairs out of range": lambda: loss_func(x, y, (index, index, index, far)),
+        "triplets out of range": lambda: loss_func(x, y, (index, index, out_of_range)),
+        "pairs out of range": lambda: loss_func(x, y, (index, index, index, out_of_range)),
         "float tuple": lambda: loss_func(x, y, (index, index, index + 0.5)),
     }
-    for name, call_wrongly in calls.items():
-        cases.assert_refused_without_a_trace(loss_func, call_wrongly, name)
+    for name, invalid_call in invalid_calls.items():
+        assert_refused_without_change(loss_func, invalid_call, name)
 
 
 @given(
@@ -251,6 +253,6 @@ def test_refusals_leave_no_trace(cases, data, center_update):
     ),
     value=st.sampled_from([-1.0, float("nan"), -float("inf")]),
 )
-def test_settings_are_checked(data, name, value):
+def test_hyperparameters_are_checked(data, name, value):
     with pytest.raises(ValueError, match=name):
         CenterContrastiveLoss(**{"num_classes": 2, "embedding_size": 2, name: value})

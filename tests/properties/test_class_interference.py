@@ -10,47 +10,48 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from pytorch_metric_learning import losses, miners
 
+from helpers.formulas import gradients_fit_dtype, normalized, norms_fit_float32
+from helpers.state import assert_refused_without_change, same_state, state_is_finite, state_of
+from helpers.strategies import class_labels, embeddings, seeds, shapes, small_shapes
 from pml_extras.regularizers import ClassInterferenceRegularizer
 
 
-def draw_regularizer(data, cases, num_classes, d, **kwargs):
-    settings = {
+def draw_regularizer(data, num_classes, d, **kwargs):
+    hyperparameters = {
         "strength": data.draw(st.sampled_from([0.0, 0.1, 0.49])),
         "probability": data.draw(st.sampled_from([0.0, 0.5, 1.0])),
         "momentum": data.draw(st.sampled_from([0.0, 0.5, 0.9, 1.0])),
         "normalize": data.draw(st.booleans()),
         "random_strength": data.draw(st.booleans()),
-        "generator": torch.Generator().manual_seed(data.draw(cases.seeds)),
+        "generator": torch.Generator().manual_seed(data.draw(seeds)),
     }
-    return ClassInterferenceRegularizer(num_classes, d, **(settings | kwargs))
+    return ClassInterferenceRegularizer(num_classes, d, **(hyperparameters | kwargs))
 
 
-def draw_batch(data, cases, n, d, num_classes, **kwargs):
-    return data.draw(cases.embeddings(n, d, **kwargs)), data.draw(
-        cases.class_labels(n, num_classes)
-    )
+def draw_batch(data, n, d, num_classes, **kwargs):
+    return data.draw(embeddings(n, d, **kwargs)), data.draw(class_labels(n, num_classes))
 
 
 @given(data=st.data(), num_classes=st.integers(2, 12))
-def test_moves_within_bounds_towards_another_class(cases, data, num_classes):
-    n, d = data.draw(cases.shapes)
-    regularizer = draw_regularizer(data, cases, num_classes, d)
+def test_embeddings_move_toward_the_mean_of_another_class(data, num_classes):
+    n, d = data.draw(shapes)
+    regularizer = draw_regularizer(data, num_classes, d)
     for _ in range(data.draw(st.integers(0, 2))):
-        regularizer.interfere(*draw_batch(data, cases, n, d, num_classes, extreme=False))
-    x, y = draw_batch(data, cases, n, d, num_classes, extreme=False)
+        regularizer.interfere(*draw_batch(data, n, d, num_classes, extreme=False))
+    x, y = draw_batch(data, n, d, num_classes, extreme=False)
     x.requires_grad_()
     means, counts = regularizer.class_means.double(), regularizer.class_counts.clone()
-    moved = regularizer.interfere(x, y)
-    assert moved.shape == x.shape
-    assert moved.dtype == x.dtype
-    assert moved.isfinite().all()
-    moved.sum().backward()
-    if cases.gradients_fit(x, 4):
+    perturbed = regularizer.interfere(x, y)
+    assert perturbed.shape == x.shape
+    assert perturbed.dtype == x.dtype
+    assert perturbed.isfinite().all()
+    perturbed.sum().backward()
+    if gradients_fit_dtype(x, 4):
         assert x.grad.isfinite().all()
-    clean = cases.unit(x.detach()) if regularizer.normalize else x.detach().double()
+    inputs = normalized(x.detach()) if regularizer.normalize else x.detach().double()
     eps = torch.finfo(x.dtype).eps + 1e-6
-    for before, after, label in zip(clean, moved.detach().double(), y.long(), strict=True):
-        # Where along each segment to another class's mean could it lie, and how far from that?
+    for before, after, label in zip(inputs, perturbed.detach().double(), y.long(), strict=True):
+        # Compare with the points on the segments from the embedding to the other classes' means.
         targets = means[(counts > 0) & (torch.arange(num_classes) != label)]
         candidates = [before[None]]
         if len(targets):
@@ -59,12 +60,12 @@ def test_moves_within_bounds_towards_another_class(cases, data, num_classes):
             else:
                 direction = targets - before
                 length = direction.square().sum(1, keepdim=True).clamp_min(1e-300)
-                share = ((after - before) * direction).sum(1, keepdim=True) / length
-                if regularizer.normalize:  # solve for the share on the chord instead
-                    shares = torch.linspace(0, regularizer.strength, 2000)[:, None, None]
-                    candidates.append((before + shares * direction).flatten(0, 1))
+                step_size = ((after - before) * direction).sum(1, keepdim=True) / length
+                if regularizer.normalize:  # normalized afterwards, so search the segment
+                    step_sizes = torch.linspace(0, regularizer.strength, 2000)[:, None, None]
+                    candidates.append((before + step_sizes * direction).flatten(0, 1))
                 else:
-                    candidates.append(before + share.clamp(0, regularizer.strength) * direction)
+                    candidates.append(before + step_size.clamp(0, regularizer.strength) * direction)
         points = torch.cat(candidates)
         if regularizer.normalize:
             points = points / points.norm(dim=1, keepdim=True).clamp_min(1e-12)
@@ -73,75 +74,75 @@ def test_moves_within_bounds_towards_another_class(cases, data, num_classes):
         )
         slack = 4 * eps * size * d**0.5
         if regularizer.normalize:
-            # A short sum of long vectors magnifies rounding.
+            # Normalizing a point close to zero magnifies rounding.
             slack = slack * 20 + (1e-3 if regularizer.random_strength else 0)
         assert (points - after).norm(dim=1).min() <= slack
 
 
 @given(data=st.data(), num_classes=st.integers(2, 12))
-def test_means_are_the_formulas(cases, data, num_classes):
-    n, d = data.draw(cases.shapes)
-    regularizer = draw_regularizer(data, cases, num_classes, d)
+def test_class_means_match_the_formula(data, num_classes):
+    n, d = data.draw(shapes)
+    regularizer = draw_regularizer(data, num_classes, d)
     for _ in range(data.draw(st.integers(1, 3))):
-        x, y = draw_batch(data, cases, n, d, num_classes)
+        x, y = draw_batch(data, n, d, num_classes)
         if regularizer.normalize:
-            assume(cases.norms_are_ordinary(x))
+            assume(norms_fit_float32(x))
         old, counts = regularizer.class_means.double(), regularizer.class_counts.clone()
         regularizer.interfere(x, y)
-        clean = cases.unit(x) if regularizer.normalize else x.double()
+        inputs = normalized(x) if regularizer.normalize else x.double()
         for c in range(num_classes):
-            members = clean[y.long() == c]
-            assert regularizer.class_counts[c] == counts[c] + len(members)
+            class_rows = inputs[y.long() == c]
+            assert regularizer.class_counts[c] == counts[c] + len(class_rows)
             expected = old[c]
-            if len(members):
+            if len(class_rows):
                 beta = regularizer.momentum if counts[c] else 0
-                expected = beta * old[c] + (1 - beta) * members.mean(0)
-            size = float(torch.cat([members.flatten(), old[c]]).abs().max())
+                expected = beta * old[c] + (1 - beta) * class_rows.mean(0)
+            size = float(torch.cat([class_rows.flatten(), old[c]]).abs().max())
             error = (regularizer.class_means[c].double() - expected).abs()
             assert (error <= 1e-6 * size + 1e-44).all()
-    assert cases.state_is_finite(regularizer.state_dict())
+    assert state_is_finite(regularizer.state_dict())
 
 
 @given(data=st.data(), num_classes=st.integers(2, 12))
-def test_broken_rows_are_as_if_left_out_of_the_means(cases, data, num_classes):
-    n, d = data.draw(cases.shapes)
-    with_them = draw_regularizer(data, cases, num_classes, d)
-    without_them = ClassInterferenceRegularizer(
-        num_classes, d, momentum=with_them.momentum, normalize=with_them.normalize
+def test_class_means_ignore_non_finite_rows(data, num_classes):
+    n, d = data.draw(shapes)
+    on_all_rows = draw_regularizer(data, num_classes, d)
+    on_finite_rows = ClassInterferenceRegularizer(
+        num_classes, d, momentum=on_all_rows.momentum, normalize=on_all_rows.normalize
     )
     for _ in range(3):
-        x, y = draw_batch(data, cases, n, d, num_classes, broken=True, extreme=False)
+        x, y = draw_batch(data, n, d, num_classes, non_finite=True, extreme=False)
         finite = x.isfinite().all(1)
-        interfered = with_them.interfere(x, y)
-        assert interfered[finite].isfinite().all()
-        without_them.interfere(x[finite], y.long()[finite])
+        perturbed = on_all_rows.interfere(x, y)
+        assert perturbed[finite].isfinite().all()
+        on_finite_rows.interfere(x[finite], y.long()[finite])
         for name in ("class_means", "class_counts"):
-            assert torch.equal(getattr(with_them, name), getattr(without_them, name))
-    assert cases.state_is_finite(with_them.state_dict())
+            assert torch.equal(getattr(on_all_rows, name), getattr(on_finite_rows, name))
+    assert state_is_finite(on_all_rows.state_dict())
 
 
 @given(data=st.data(), num_classes=st.integers(2, 12))
-def test_anything_finite_keeps_the_state_finite(cases, data, num_classes):
-    n, d = data.draw(cases.shapes)
-    regularizer = draw_regularizer(data, cases, num_classes, d)
+def test_state_stays_finite(data, num_classes):
+    n, d = data.draw(shapes)
+    regularizer = draw_regularizer(data, num_classes, d)
     for _ in range(3):
-        x, y = draw_batch(data, cases, n, d, num_classes, broken=True)
+        x, y = draw_batch(data, n, d, num_classes, non_finite=True)
         if data.draw(st.booleans()):
             x = x.double() * 1e200
         regularizer.interfere(x, y)
-        assert cases.state_is_finite(regularizer.state_dict())
+        assert state_is_finite(regularizer.state_dict())
 
 
 @given(data=st.data(), num_classes=st.integers(2, 12))
-def test_order_does_not_matter_to_the_means(cases, data, num_classes):
-    n, d = data.draw(cases.shapes)
-    one = draw_regularizer(data, cases, num_classes, d)
+def test_class_means_do_not_depend_on_the_sample_order(data, num_classes):
+    n, d = data.draw(shapes)
+    one = draw_regularizer(data, num_classes, d)
     other = ClassInterferenceRegularizer(
         num_classes, d, momentum=one.momentum, normalize=one.normalize
     )
     for _ in range(2):
-        x, y = draw_batch(data, cases, n, d, num_classes, broken=True)
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(data.draw(cases.seeds)))
+        x, y = draw_batch(data, n, d, num_classes, non_finite=True)
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(data.draw(seeds)))
         one.interfere(x, y)
         other.interfere(x[order], y.long()[order])
         assert torch.equal(one.class_means, other.class_means)
@@ -149,15 +150,15 @@ def test_order_does_not_matter_to_the_means(cases, data, num_classes):
 
 
 @given(data=st.data(), num_classes=st.integers(2, 12))
-def test_eval_mode_changes_nothing(cases, data, num_classes):
-    n, d = data.draw(cases.shapes)
-    regularizer = draw_regularizer(data, cases, num_classes, d)
-    regularizer.interfere(*draw_batch(data, cases, n, d, num_classes))
+def test_eval_mode_changes_nothing(data, num_classes):
+    n, d = data.draw(shapes)
+    regularizer = draw_regularizer(data, num_classes, d)
+    regularizer.interfere(*draw_batch(data, n, d, num_classes))
     regularizer.eval()
-    before = cases.state_of(regularizer)
-    x, y = draw_batch(data, cases, n, d, num_classes, broken=True)
+    before = state_of(regularizer)
+    x, y = draw_batch(data, n, d, num_classes, non_finite=True)
     assert regularizer.interfere(x, y) is x
-    assert cases.same_state(regularizer.state_dict(), before)
+    assert same_state(regularizer.state_dict(), before)
 
 
 BASES = {
@@ -169,10 +170,10 @@ BASES = {
 
 
 @given(data=st.data(), base=st.sampled_from(list(BASES)), num_classes=st.integers(2, 12))
-def test_attached_is_the_loss_of_what_interfere_returns(cases, data, base, num_classes):
-    n, d = data.draw(cases.shapes)
+def test_attached_loss_equals_the_loss_of_perturbed_embeddings(data, base, num_classes):
+    n, d = data.draw(shapes)
     n = max(n, 1)
-    regularizer = draw_regularizer(data, cases, num_classes, d)
+    regularizer = draw_regularizer(data, num_classes, d)
     alone = copy.deepcopy(regularizer)
     alone.generator = torch.Generator()
     alone.generator.set_state(regularizer.generator.get_state())
@@ -183,7 +184,7 @@ def test_attached_is_the_loss_of_what_interfere_returns(cases, data, base, num_c
     for train in (True, True, False):
         loss_func.train(train)
         alone.train(train)
-        x, y = draw_batch(data, cases, n, d, num_classes, dtype=torch.float32, extreme=False)
+        x, y = draw_batch(data, n, d, num_classes, dtype=torch.float32, extreme=False)
         y = y.long()
         indices = miner(x, y) if miner else None
         torch.manual_seed(1)
@@ -201,20 +202,20 @@ def test_attached_is_the_loss_of_what_interfere_returns(cases, data, base, num_c
 
 @pytest.mark.parametrize("attached", [False, True])
 @given(data=st.data())
-def test_refusals_leave_no_trace(cases, data, attached):
-    (n, d), c = data.draw(cases.small_shapes), 5
-    regularizer = draw_regularizer(data, cases, c, d)
-    torch.manual_seed(data.draw(cases.seeds))
+def test_refused_input_does_not_change_the_state(data, attached):
+    (n, d), c = data.draw(small_shapes), 5
+    regularizer = draw_regularizer(data, c, d)
+    torch.manual_seed(data.draw(seeds))
     x, y = torch.randn(n, d), torch.randint(c, (n,))
     loss_func = regularizer.attach(losses.ContrastiveLoss()) if attached else regularizer
     call = loss_func if attached else regularizer.interfere
     call(x, y)
-    wrong = y.clone()
-    wrong[data.draw(st.integers(0, n - 1))] = data.draw(
+    invalid_labels = y.clone()
+    invalid_labels[data.draw(st.integers(0, n - 1))] = data.draw(
         st.sampled_from([-1, c, 2**40, -(2**63), 2**63 - 1])
     )
-    calls = {
-        "wrong label": lambda: call(x, wrong),
+    invalid_calls = {
+        "label out of range": lambda: call(x, invalid_labels),
         "no labels": lambda: call(x, None),
         "float labels": lambda: call(x, y.float()),
         "fewer labels": lambda: call(x, y[1:]),
@@ -225,5 +226,5 @@ def test_refusals_leave_no_trace(cases, data, attached):
         "integers": lambda: call(x.long(), y),
         "complex": lambda: call(x.cfloat(), y),
     }
-    for name, call_wrongly in calls.items():
-        cases.assert_refused_without_a_trace(loss_func, call_wrongly, name)
+    for name, invalid_call in invalid_calls.items():
+        assert_refused_without_change(loss_func, invalid_call, name)

@@ -8,6 +8,15 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from pytorch_metric_learning.reducers import DoNothingReducer
 
+from helpers.formulas import (
+    contextual_similarity_formula,
+    gradients_fit_dtype,
+    has_no_near_ties,
+    normalized,
+    norms_fit_float32,
+)
+from helpers.state import assert_refused_without_change
+from helpers.strategies import any_labels, embeddings, seeds, shapes, small_shapes
 from pml_extras.functional import contextual_loss, contextual_similarity, pairwise_cosine
 from pml_extras.losses import ContextualLoss
 
@@ -18,17 +27,17 @@ SLACKS = st.sampled_from([0.0, 1e-3, 0.05, 0.5, 2.0, 4.0])
 WITH_REFERENCES = pytest.mark.parametrize("with_references", [False, True])
 
 
-def draw_call(data, cases, shapes, with_references, **kwargs):
-    """Arguments of a call of the loss."""
-    n, d = data.draw(shapes)
-    x, y = data.draw(cases.embeddings(n, d, **kwargs)), data.draw(cases.any_labels(n))
+def draw_inputs(data, sizes, with_references, **kwargs):
+    """Embeddings, labels, references and their labels."""
+    n, d = data.draw(sizes)
+    x, y = data.draw(embeddings(n, d, **kwargs)), data.draw(any_labels(n))
     if not with_references:
         return x, y, None, None
     others = data.draw(st.integers(0, 20))
-    ref = data.draw(cases.embeddings(others, d, dtype=x.dtype, **kwargs))
+    ref = data.draw(embeddings(others, d, dtype=x.dtype, **kwargs))
     if data.draw(st.booleans(), label="the references include the batch"):
         ref = torch.cat([x, ref])
-    generator = torch.Generator().manual_seed(data.draw(cases.seeds))
+    generator = torch.Generator().manual_seed(data.draw(seeds))
     ref_y = y.new_zeros(len(ref))
     if n:
         ref_y = y[torch.randint(n, (len(ref),), generator=generator)]
@@ -46,8 +55,8 @@ def draw_loss(data, **kwargs):
     )
 
 
-def draw_pairs(data, cases, y, ref_y):
-    generator = torch.Generator().manual_seed(data.draw(cases.seeds))
+def draw_pairs(data, y, ref_y):
+    generator = torch.Generator().manual_seed(data.draw(seeds))
     sizes = [data.draw(st.integers(0, 12)) for _ in range(2)]
     if data.draw(st.booleans()):  # triplets
         a, p, n = (
@@ -68,7 +77,7 @@ def terms(loss_func, x, y, indices, ref, ref_y):
     return {k: v["losses"] for k, v in loss_func(x, y, indices, ref, ref_y).items()}
 
 
-def plain_contrastive(loss_func, similarities, pairs):
+def contrastive_formula(loss_func, similarities, pairs):
     loss = 0.0
     a1, p, a2, n = pairs
     for excess in (
@@ -82,19 +91,19 @@ def plain_contrastive(loss_func, similarities, pairs):
 
 @WITH_REFERENCES
 @given(data=st.data(), with_tuple=st.booleans())
-def test_values_and_gradients_are_bounded(cases, data, with_tuple, with_references):
-    x, y, ref, ref_y = draw_call(data, cases, cases.shapes, with_references)
+def test_values_and_gradients_are_bounded(data, with_tuple, with_references):
+    x, y, ref, ref_y = draw_inputs(data, shapes, with_references)
     x.requires_grad_()
     loss_func = draw_loss(data)
     indices = None
     if with_tuple and len(x) and (ref is None or len(ref)):
-        indices = draw_pairs(data, cases, y, y if ref is None else ref_y)[0]
+        indices = draw_pairs(data, y, y if ref is None else ref_y)[0]
     loss = loss_func(x, y, indices, ref, ref_y)
     loss.backward()
     assert loss.isfinite()
-    # 0.4 x 1 + 0.5 x (2 + 2) + 0.1 x 2^2, weights times the largest values
+    # The weights times the largest values of the terms: 0.4 * 1 + 0.5 * (2 + 2) + 0.1 * 2**2.
     assert -1e-5 <= loss <= 2.8 + 1e-4
-    if cases.gradients_fit(x, 1e3):
+    if gradients_fit_dtype(x, 1e3):
         assert x.grad.isfinite().all()
     if len(x) and (ref is None or len(ref)):
         context = terms(loss_func, x, y, indices, ref, ref_y)["contextual_loss"] / 0.4
@@ -105,38 +114,39 @@ def test_values_and_gradients_are_bounded(cases, data, with_tuple, with_referenc
 
 @WITH_REFERENCES
 @given(data=st.data(), with_tuple=st.booleans())
-def test_values_are_the_formulas(cases, data, with_tuple, with_references):
-    x, y, ref, ref_y = draw_call(data, cases, cases.small_shapes, with_references)
+def test_values_match_the_formulas(data, with_tuple, with_references):
+    x, y, ref, ref_y = draw_inputs(data, small_shapes, with_references)
     loss_func = draw_loss(
         data, contextual_weight=1.0, contrastive_weight=1.0, similarity_weight=1.0
     )
     r, r_y = (x, y) if ref is None else (ref, ref_y)
     assume(len(r))
-    assume(cases.norms_are_ordinary(x, r))
+    assume(norms_fit_float32(x, r))
     k, slack = loss_func.num_neighbors, loss_func.neighborhood_slack
-    s, rr = cases.unit(x) @ cases.unit(r).T, cases.unit(r) @ cases.unit(r).T
+    s, rr = normalized(x) @ normalized(r).T, normalized(r) @ normalized(r).T
     distances = (2 - 2 * s).clamp_min(0)
     ref_distances = None if ref is None else (2 - 2 * rr).clamp_min(0)
-    assume(cases.has_gap(distances, k, slack, ref_distances))
+    assume(has_no_near_ties(distances, k, slack, ref_distances))
 
     same = y[:, None] == r_y
-    itself = (
+    self_match_mask = (
         (x[:, None].double() == r.double()).all(2) if ref is not None else torch.eye(len(x)) > 0
     )
-    assume(not (x == 0).any(1).any())  # -0.0 is no copy of 0.0
+    assume(not (x == 0).any(1).any())  # -0.0 and 0.0 are equal but not duplicates
     pairs = (*same.nonzero().T, *(~same).nonzero().T)
     if ref is None:
-        pairs = (*(same & ~itself).nonzero().T, *pairs[2:])
+        pairs = (*(same & ~self_match_mask).nonzero().T, *pairs[2:])
     indices = None
     if with_tuple:
-        indices, pairs = draw_pairs(data, cases, y, r_y)
-    context = cases.plain_context(distances, k, slack, ref_distances)
+        indices, pairs = draw_pairs(data, y, r_y)
+    context = contextual_similarity_formula(distances, k, slack, ref_distances)
+    errors = (context - same.double()).square()
     expected = {
-        "contextual_loss": ((context - same.double()).square() * ~itself).sum(1).mean() / len(r),
-        "contrastive_loss": plain_contrastive(loss_func, s, pairs),
+        "contextual_loss": (errors * ~self_match_mask).sum(1).mean() / len(r),
+        "contrastive_loss": contrastive_formula(loss_func, s, pairs),
         "similarity_loss": (s.mean() - loss_func.target_similarity) ** 2,
     }
-    # Which pairs are active is a threshold too.
+    # The contrastive loss has thresholds, too.
     margins = (loss_func.pos_margin - s).abs().min(), (s - loss_func.neg_margin).abs().min()
     actual = terms(loss_func, x, y, indices, ref, ref_y)
     for name, value in expected.items():
@@ -147,49 +157,49 @@ def test_values_are_the_formulas(cases, data, with_tuple, with_references):
 
 @WITH_REFERENCES
 @given(data=st.data())
-def test_order_does_not_matter(cases, data, with_references):
-    x, y, ref, ref_y = draw_call(data, cases, cases.small_shapes, with_references, extreme=False)
+def test_sample_order_does_not_matter(data, with_references):
+    x, y, ref, ref_y = draw_inputs(data, small_shapes, with_references, extreme=False)
     loss_func = draw_loss(data)
     r = x if ref is None else ref
-    assume(len(r) and cases.norms_are_ordinary(x, r))
-    s, rr = cases.unit(x) @ cases.unit(r).T, cases.unit(r) @ cases.unit(r).T
+    assume(len(r) and norms_fit_float32(x, r))
+    s, rr = normalized(x) @ normalized(r).T, normalized(r) @ normalized(r).T
     tables = 2 - 2 * s, None if ref is None else 2 - 2 * rr
     slack = loss_func.neighborhood_slack
-    assume(cases.has_gap(tables[0], loss_func.num_neighbors, slack, tables[1]))
+    assume(has_no_near_ties(tables[0], loss_func.num_neighbors, slack, tables[1]))
     assume((loss_func.pos_margin - s).abs().min() > 1e-4)
     assume((s - loss_func.neg_margin).abs().min() > 1e-4)
-    generator = torch.Generator().manual_seed(data.draw(cases.seeds))
+    generator = torch.Generator().manual_seed(data.draw(seeds))
     order = torch.randperm(len(x), generator=generator)
-    before = terms(loss_func, x, y, None, ref, ref_y)
+    expected = terms(loss_func, x, y, None, ref, ref_y)
     if ref is not None:
         ref_order = torch.randperm(len(ref), generator=generator)
         ref, ref_y = ref[ref_order], ref_y[ref_order]
-    after = terms(loss_func, x[order], y[order], None, ref, ref_y)
-    for name in before:
-        assert torch.allclose(after[name], before[name][order], atol=2e-5), name
+    actual = terms(loss_func, x[order], y[order], None, ref, ref_y)
+    for name in expected:
+        assert torch.allclose(actual[name], expected[name][order], atol=2e-5), name
 
 
 @WITH_REFERENCES
 @given(data=st.data(), exponent=st.integers(-6, 6))
-def test_scale_does_not_matter(cases, data, exponent, with_references):
-    x, y, ref, ref_y = draw_call(data, cases, cases.shapes, with_references, extreme=False)
+def test_embedding_norms_do_not_matter(data, exponent, with_references):
+    x, y, ref, ref_y = draw_inputs(data, shapes, with_references, extreme=False)
     loss_func = draw_loss(data)
     factor = 2.0**exponent
     for rows in (x, ref):
         if rows is not None:
             scaled = rows * factor
             assume(scaled.isfinite().all() and torch.equal(scaled / factor, rows))
-            assume(cases.norms_are_ordinary(rows * 1e-3))
+            assume(norms_fit_float32(rows * 1e-3))
     x.requires_grad_()
     loss = loss_func(x, y, None, ref, ref_y)
-    y_again = loss_func(x * factor, y, None, None if ref is None else ref * factor, ref_y)
-    assert torch.equal(loss, y_again)
+    scaled_loss = loss_func(x * factor, y, None, None if ref is None else ref * factor, ref_y)
+    assert torch.equal(loss, scaled_loss)
 
 
 @given(data=st.data())
-def test_similarity_is_symmetric_and_in_the_unit_interval(cases, data):
-    n, d = data.draw(cases.shapes)
-    x = data.draw(cases.embeddings(n, d))
+def test_similarity_is_symmetric_and_in_the_unit_interval(data):
+    n, d = data.draw(shapes)
+    x = data.draw(embeddings(n, d))
     assume(n)
     k, slack = data.draw(NEIGHBORS), data.draw(SLACKS)
     distances = (2 - 2 * pairwise_cosine(x)).clamp_min(0)
@@ -197,7 +207,7 @@ def test_similarity_is_symmetric_and_in_the_unit_interval(cases, data):
     assert torch.equal(context, context.T)
     assert (context >= 0).all()
     assert (context <= 1 + 1e-6).all()
-    queries = data.draw(cases.embeddings(data.draw(st.integers(1, 9)), d, dtype=x.dtype))
+    queries = data.draw(embeddings(data.draw(st.integers(1, 9)), d, dtype=x.dtype))
     query_distances = (2 - 2 * pairwise_cosine(queries, x)).clamp_min(0)
     context = contextual_similarity(query_distances, distances, num_neighbors=k, slack=slack)
     assert context.shape == (len(queries), n)
@@ -206,15 +216,15 @@ def test_similarity_is_symmetric_and_in_the_unit_interval(cases, data):
 
 
 @given(data=st.data())
-def test_the_batch_as_its_own_references(cases, data):
-    """Queries that are the references themselves get the similarities of a batch with itself."""
-    n, d = data.draw(cases.small_shapes)
-    x = data.draw(cases.embeddings(n, d, dtype=torch.float64, extreme=False))
+def test_references_equal_to_the_batch_change_nothing(data):
+    """Queries that equal the references get the same similarities as a batch without any."""
+    n, d = data.draw(small_shapes)
+    x = data.draw(embeddings(n, d, dtype=torch.float64, extreme=False))
     k, slack = data.draw(NEIGHBORS), data.draw(SLACKS)
-    s = cases.unit(x) @ cases.unit(x).T
-    s.fill_diagonal_(1)  # the batch's own rule, which queries do not have
+    s = normalized(x) @ normalized(x).T
+    s.fill_diagonal_(1)  # within a batch, each sample is its own nearest neighbor
     s = torch.minimum(s, torch.ones(()))
-    assume(cases.has_gap(2 - 2 * s, k, slack, tolerance=1e-9))
+    assume(has_no_near_ties(2 - 2 * s, k, slack, tolerance=1e-9))
     d = 2 - 2 * s
     one = contextual_similarity(d, num_neighbors=k, slack=slack)
     other = contextual_similarity(d, d, num_neighbors=k, slack=slack)
@@ -223,8 +233,8 @@ def test_the_batch_as_its_own_references(cases, data):
 
 @WITH_REFERENCES
 @given(data=st.data(), collect_stats=st.booleans())
-def test_broken_rows_break_no_more_than_the_value(cases, data, collect_stats, with_references):
-    x, y, ref, ref_y = draw_call(data, cases, cases.shapes, with_references, broken=True)
+def test_non_finite_rows_raise_no_error(data, collect_stats, with_references):
+    x, y, ref, ref_y = draw_inputs(data, shapes, with_references, non_finite=True)
     loss_func = draw_loss(data, collect_stats=collect_stats)
     loss = loss_func(x.requires_grad_(), y, None, ref, ref_y)
     loss.backward()
@@ -234,22 +244,22 @@ def test_broken_rows_break_no_more_than_the_value(cases, data, collect_stats, wi
 
 
 @given(data=st.data())
-def test_copies_of_a_sample_do_not_count(cases, data):
-    n, d = data.draw(cases.small_shapes)
-    x, y = data.draw(cases.embeddings(n, d)), data.draw(cases.any_labels(n))
+def test_copies_of_the_sample_do_not_count(data):
+    n, d = data.draw(small_shapes)
+    x, y = data.draw(embeddings(n, d)), data.draw(any_labels(n))
     copies = x[:1].expand(n, d).contiguous()
     losses = contextual_loss(copies, y, copies.clone(), y).contextual
     assert torch.equal(losses, torch.zeros(n, dtype=losses.dtype))
 
 
 @given(data=st.data())
-def test_refusals(cases, data):
-    n, d = data.draw(cases.small_shapes)
+def test_invalid_input_is_refused(data):
+    n, d = data.draw(small_shapes)
     loss_func = ContextualLoss()
-    torch.manual_seed(data.draw(cases.seeds))
+    torch.manual_seed(data.draw(seeds))
     x, y = torch.randn(n, d), torch.arange(n)
     index = torch.zeros(1).long()
-    calls = {
+    invalid_calls = {
         "no labels": lambda: loss_func(x),
         "fewer labels": lambda: loss_func(x, y[1:]),
         "label columns": lambda: loss_func(x, y[:, None]),
@@ -262,5 +272,5 @@ def test_refusals(cases, data):
         "fewer reference labels": lambda: loss_func(x, y, ref_emb=x.clone(), ref_labels=y[1:]),
         "pairs out of range": lambda: loss_func(x, y, (index, index, index, index + n)),
     }
-    for name, call_wrongly in calls.items():
-        cases.assert_refused_without_a_trace(loss_func, call_wrongly, name)
+    for name, invalid_call in invalid_calls.items():
+        assert_refused_without_change(loss_func, invalid_call, name)

@@ -10,34 +10,36 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pytorch_metric_learning.losses import ContrastiveLoss
 
+from helpers.state import assert_refused_without_change, same_state, state_is_finite
+from helpers.strategies import class_labels, embeddings, log_uniform, seeds
 from pml_extras.distillation import EMATeacher, SelfDistillation, SnapshotTeacher
 from pml_extras.losses import CenterContrastiveLoss, ListwiseDistillationLoss
 
-TEACHERS = pytest.mark.parametrize("kind", [SnapshotTeacher, EMATeacher])
+TEACHER_TYPES = pytest.mark.parametrize("teacher_type", [SnapshotTeacher, EMATeacher])
 BASES = {
     "contrastive": lambda d: ContrastiveLoss(),
     "centers": lambda d: CenterContrastiveLoss(5, d, center_update="ema"),
 }
 
 
-def draw_setting(data, cases, kind, d):
-    torch.manual_seed(data.draw(cases.seeds))
+def draw_loss(data, teacher_type, d):
+    torch.manual_seed(data.draw(seeds))
     trunk = torch.nn.Linear(3, 4)
     embedder = torch.nn.Linear(4, d) if data.draw(st.booleans()) or d != 4 else None
-    teacher = kind(trunk, embedder)
+    teacher = teacher_type(trunk, embedder)
     student = torch.nn.Sequential(trunk, embedder or torch.nn.Identity())
     loss_func = SelfDistillation(
         BASES[data.draw(st.sampled_from(list(BASES)))](d),
         teacher,
         num_epochs=data.draw(st.integers(1, 4)),
         alpha=data.draw(st.sampled_from([0.0, 1.0, 50.0])),
-        temperature=data.draw(cases.log_uniform(-1, 2)),
+        temperature=data.draw(log_uniform(-1, 2)),
     )
     return student, teacher, loss_func
 
 
 def step(student, generator):
-    """Move the weights, as an optimizer does."""
+    """Change the weights, as an optimizer does."""
     with torch.no_grad():
         for weight in student.parameters():
             weight += torch.empty_like(weight).normal_(0, 0.3, generator=generator)
@@ -51,11 +53,11 @@ def close(a, b):
     return all(torch.allclose(x, y, atol=1e-5) for x, y in zip(a, b, strict=True))
 
 
-@TEACHERS
+@TEACHER_TYPES
 @given(data=st.data(), d=st.integers(1, 6))
-def test_value_schedule_and_teacher(cases, data, d, kind):
-    student, teacher, loss_func = draw_setting(data, cases, kind, d)
-    generator = torch.Generator().manual_seed(data.draw(cases.seeds))
+def test_loss_schedule_and_teacher_weights(data, d, teacher_type):
+    student, teacher, loss_func = draw_loss(data, teacher_type, d)
+    generator = torch.Generator().manual_seed(data.draw(seeds))
     listwise = ListwiseDistillationLoss(temperature=loss_func.temperature)
     expected_teacher = weights(student)
     first = True
@@ -63,10 +65,10 @@ def test_value_schedule_and_teacher(cases, data, d, kind):
         for _ in range(data.draw(st.integers(0, 3))):
             n = data.draw(st.integers(0, 12))
             inputs, y = torch.randn(n, 3), torch.randint(5, (n,))
-            if kind is EMATeacher:
-                share = 0.0 if first else 0.999
+            if teacher_type is EMATeacher:
+                decay = 0.0 if first else 0.999
                 expected_teacher = [
-                    share * old + (1 - share) * new
+                    decay * old + (1 - decay) * new
                     for old, new in zip(expected_teacher, weights(student), strict=True)
                 ]
             first = False
@@ -84,37 +86,37 @@ def test_value_schedule_and_teacher(cases, data, d, kind):
             assert not teacher.network.training
             step(student, generator)
         loss_func.end_epoch()
-        if kind is SnapshotTeacher:
+        if teacher_type is SnapshotTeacher:
             expected_teacher = weights(student)
         assert close(weights(teacher.network), expected_teacher)
     assert not list(loss_func.loss.parameters())
     assert len(list(loss_func.parameters())) == 0
 
 
-@TEACHERS
+@TEACHER_TYPES
 @given(data=st.data(), d=st.integers(1, 6))
-def test_broken_batches_break_no_state(cases, data, d, kind):
-    student, teacher, loss_func = draw_setting(data, cases, kind, d)
+def test_non_finite_batches_do_not_change_the_teacher(data, d, teacher_type):
+    student, teacher, loss_func = draw_loss(data, teacher_type, d)
     loss_func.epoch = 1
     n = data.draw(st.integers(1, 12))
     before = weights(teacher.network)
-    inputs = data.draw(cases.embeddings(n, 3, dtype=torch.float32, broken=True))
-    y = data.draw(cases.class_labels(n, 5))
+    inputs = data.draw(embeddings(n, 3, dtype=torch.float32, non_finite=True))
+    y = data.draw(class_labels(n, 5))
     x = student(inputs)
     loss = loss_func(x, y)
     if x.isfinite().all() and inputs.isfinite().all():
         assert loss.isfinite()
     assert close(before, weights(teacher.network))
-    assert cases.state_is_finite(loss_func.state_dict())
+    assert state_is_finite(loss_func.state_dict())
     loss_func.end_epoch()
-    assert cases.state_is_finite(loss_func.state_dict())
+    assert state_is_finite(loss_func.state_dict())
 
 
-@TEACHERS
+@TEACHER_TYPES
 @given(data=st.data(), d=st.integers(1, 6))
-def test_resuming_goes_on_exactly(cases, data, d, kind):
-    student, _, loss_func = draw_setting(data, cases, kind, d)
-    generator = torch.Generator().manual_seed(data.draw(cases.seeds))
+def test_a_resumed_run_continues_exactly(data, d, teacher_type):
+    student, _, loss_func = draw_loss(data, teacher_type, d)
+    generator = torch.Generator().manual_seed(data.draw(seeds))
 
     def train(student, loss_func, plan, generator):
         values = []
@@ -137,7 +139,7 @@ def test_resuming_goes_on_exactly(cases, data, d, kind):
     resumed_student = torch.nn.Sequential(resumed_trunk, resumed_embedder or torch.nn.Identity())
     resumed = SelfDistillation(
         copy.deepcopy(loss_func.loss),
-        kind(resumed_trunk, resumed_embedder),
+        teacher_type(resumed_trunk, resumed_embedder),
         num_epochs=loss_func.num_epochs,
         alpha=loss_func.alpha,
         temperature=loss_func.temperature,
@@ -149,37 +151,37 @@ def test_resuming_goes_on_exactly(cases, data, d, kind):
     for load in parts[:: data.draw(st.sampled_from([1, -1]))]:
         load()
     resumed_again = copy.deepcopy((resumed_student.state_dict(), resumed.state_dict()))
-    assert cases.same_state(resumed_again[0], saved[0])
+    assert same_state(resumed_again[0], saved[0])
     resumed_generator = torch.Generator()
     resumed_generator.set_state(saved[2])
     assert train(resumed_student, resumed, plans[1], resumed_generator) == expected
 
 
-@TEACHERS
+@TEACHER_TYPES
 @given(data=st.data(), d=st.integers(1, 6))
-def test_refusals_leave_no_trace(cases, data, d, kind):
-    student, teacher, loss_func = draw_setting(data, cases, kind, d)
+def test_refused_input_does_not_change_the_state(data, d, teacher_type):
+    student, teacher, loss_func = draw_loss(data, teacher_type, d)
     loss_func.epoch, loss_func.alpha = 1, 1.0
     n = data.draw(st.integers(2, 12))
     inputs, y = torch.randn(n, 3), torch.randint(5, (n,))
     x = student(inputs)
-    calls = {
+    invalid_calls = {
         "fewer labels": lambda: loss_func(x, y[1:]),
         "other rows": lambda: loss_func(x[1:], y[1:]),
-        "no pass": lambda: loss_func(x, y),
+        "no teacher embeddings": lambda: loss_func(x, y),
     }
-    name = data.draw(st.sampled_from(list(calls)))
-    if name == "no pass":
+    name = data.draw(st.sampled_from(list(invalid_calls)))
+    if name == "no teacher embeddings":
         teacher.clear()
-    cases.assert_refused_without_a_trace(loss_func, calls[name], name)
-    # and the next batch is as any other
+    assert_refused_without_change(loss_func, invalid_calls[name], name)
+    # The next batch works as usual.
     assert loss_func(student(inputs), y).isfinite()
 
 
-@TEACHERS
+@TEACHER_TYPES
 @given(data=st.data(), d=st.integers(1, 6))
-def test_testing_leaves_no_trace(cases, data, d, kind):
-    student, teacher, loss_func = draw_setting(data, cases, kind, d)
+def test_evaluation_does_not_change_the_teacher(data, d, teacher_type):
+    student, teacher, loss_func = draw_loss(data, teacher_type, d)
     loss_func.epoch, loss_func.alpha = 1, 1.0
     n = data.draw(st.integers(1, 12))
     inputs, y = torch.randn(n, 3), torch.randint(5, (n,))

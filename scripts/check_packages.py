@@ -1,13 +1,12 @@
 #!/usr/bin/env python3
-"""Build the sdist and the wheel, look into them, and use them in a bare environment.
+"""Build the sdist and the wheel, check their contents, and test them in new environments.
 
-    .ci/packages             both jobs
-    .ci/packages oldest      with the oldest torch that pyproject.toml allows
-    .ci/packages newest      with the newest that pip finds
+    scripts/check_packages.py oldest      with the oldest torch that pyproject.toml allows
+    scripts/check_packages.py newest      with the newest torch that pip finds
+    scripts/check_packages.py             both
 
-The Python that runs this makes the environments; the oldest torch has no builds for the newest
-Python. torch comes from where pip is told to look, and the common builds take gigabytes: hence a
-script of its own, beside `make test`.
+The environments use the Python that runs this script. The oldest torch has no builds for the newest
+Python. `make test` does not run the script, because it downloads torch, which takes gigabytes.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from email.message import Message
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-METADATA = [  # what users and indices look for
+METADATA = [  # shown by package indices
     "Name", "Version", "Summary", "License-Expression", "License-File", "Requires-Python",
     "Keywords", "Author", "Description", "Description-Content-Type",
 ]  # fmt: skip
@@ -46,7 +45,7 @@ print(f"imported {len(names)} modules")
 
 
 def run(*command: str | Path, cwd: Path) -> None:
-    # What lies in the checkout must not stand in for what was installed, nor its constraints hold.
+    # Import the installed package rather than the checkout, and ignore its constraints.
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -57,20 +56,21 @@ def run(*command: str | Path, cwd: Path) -> None:
     subprocess.run(command, cwd=cwd, env=environment, check=True)
 
 
-def environment(folder: Path) -> Path:
-    """The Python of a new, empty environment."""
+def create_environment(folder: Path) -> Path:
+    """Create an empty environment and return its Python."""
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
-    # Old versions of pip download whole packages where later ones ask for their metadata.
+    # Old versions of pip download whole packages to read their metadata.
     run(python, "-m", "pip", "install", "-q", "--upgrade", "pip", cwd=folder)
     return python
 
 
 def build(work: Path) -> tuple[Path, Path]:
-    python = environment(work / "build")
+    """Build the packages and return the paths of the sdist and the wheel."""
+    python = create_environment(work / "build")
     tools = "build", "twine", "readme-renderer[md]"
     run(python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", *tools, cwd=work)
-    # The wheel is built from the sdist, which is thereby seen to be complete.
+    # This builds the wheel from the sdist, so it fails if the sdist is incomplete.
     run(python, "-m", "build", ROOT, "--outdir", work / "dist", cwd=work)
     (sdist,), (wheel,) = (work / "dist").glob("*.tar.gz"), (work / "dist").glob("*.whl")
     run(python, "-m", "twine", "check", "--strict", sdist, wheel, cwd=work)
@@ -78,7 +78,7 @@ def build(work: Path) -> tuple[Path, Path]:
 
 
 def check_contents(sdist: Path, wheel: Path) -> Message:
-    """Look for what must be in the packages and what must not, and return the metadata."""
+    """Check which files and metadata the packages contain, and return the metadata."""
     with zipfile.ZipFile(wheel) as file:
         names = set(file.namelist())
         (info,) = {name.split("/")[0] for name in names if ".dist-info/" in name}
@@ -87,49 +87,51 @@ def check_contents(sdist: Path, wheel: Path) -> Message:
         str(path.relative_to(ROOT)) for path in (ROOT / "pml_extras").rglob("*.py")
     } | {"pml_extras/py.typed"}  # fmt: skip
     packed = {name for name in names if not name.startswith(f"{info}/")}
-    assert packed == sources, f"the wheel and the sources differ in {packed ^ sources}"
-    assert f"{info}/licenses/LICENSE" in names, "the wheel has no licence"
+    assert packed == sources, f"files only in the wheel or only in the sources: {packed ^ sources}"
+    assert f"{info}/licenses/LICENSE" in names, "the wheel has no license"
     values = {**metadata, "Description": metadata.get_payload()}
     missing = [name for name in METADATA if not values.get(name)]
-    assert not missing, f"the metadata lack {missing}"
+    assert not missing, f"missing in the metadata: {missing}"
     assert "Typing :: Typed" in metadata.get_all("Classifier", [])
+    version = metadata["Version"]
     citation = (ROOT / "CITATION.cff").read_text()
     changes = (ROOT / "CHANGELOG.md").read_text()
-    assert f"\nversion: {metadata['Version']}\n" in citation, "CITATION.cff has another version"
-    assert f"\n## {metadata['Version']}" in changes, "CHANGELOG.md does not know this version"
+    assert f"\nversion: {version}\n" in citation, f"CITATION.cff does not have version {version}"
+    has_entry = f"\n## [{version}]" in changes or "\n## [Unreleased]" in changes
+    assert has_entry, f"CHANGELOG.md has no entry for {version}"
     with tarfile.open(sdist) as file:
         inside = {name.partition("/")[2] for name in file.getnames()}
-    lost = set(IN_SDIST) - inside
-    assert not lost, f"the sdist lacks {lost}"
+    missing = sorted(set(IN_SDIST) - inside)
+    assert not missing, f"missing in the sdist: {missing}"
     print(f"{wheel.name}: {len(packed)} files; {sdist.name}: {len(inside)} files")
     return metadata
 
 
-def use(torch: str, sdist: Path, wheel: Path, extras: list[str], work: Path) -> None:
-    """Install the packages beside this torch alone, and do with them what a user does."""
-    python = environment(work / "bare")
+def check_installed(torch: str, sdist: Path, wheel: Path, extras: list[str], work: Path) -> None:
+    """Install the packages with this torch and no extras, and run their doctests and tests."""
+    python = create_environment(work / "environment")
     run(python, "-m", "pip", "install", "-q", torch, wheel, cwd=work)
-    use_installed(python, work)
-    # The sdist in the wheel's place: a second torch would take as much again.
+    check_import(python, work)
+    # Replace the wheel by the sdist in the same environment, to download torch only once.
     run(python, "-m", "pip", "uninstall", "-q", "-y", "pml-extras", cwd=work)
     run(python, "-m", "pip", "install", "-q", sdist, cwd=work)
-    use_installed(python, work)
+    check_import(python, work)
     for extra in extras:
-        wanted = f"{wheel}[{extra}]"
-        run(python, "-m", "pip", "install", "-q", "--dry-run", torch, wanted, cwd=work)
-    # Examples in docstrings take every component once; the tests are those of the sdist.
+        requirement = f"{wheel}[{extra}]"
+        run(python, "-m", "pip", "install", "-q", "--dry-run", torch, requirement, cwd=work)
+    # The doctests use every component. The tests come from the sdist.
     run(python, "-m", "pip", "install", "-q", torch, "pytest", cwd=work)
     with tarfile.open(sdist) as file:
         (top,) = {name.split("/")[0] for name in file.getnames()}
         file.extractall(work, [m for m in file.getmembers() if m.name.startswith(f"{top}/tests/")])
     pytest = [python, "-m", "pytest", "-q", "--doctest-modules", "--import-mode=importlib"]
     run(*pytest, "-o", "pythonpath=tests", "--pyargs", "pml_extras", cwd=work / top)
-    # One by one: old versions of torch may hang in processes forked where it has compiled before.
+    # In separate processes: old versions of torch may hang in a process that forks after compiling.
     for tests in ("tests/functional", "tests/losses"):
         run(*pytest, "-o", "pythonpath=tests", tests, cwd=work / top)
 
 
-def use_installed(python: Path, work: Path) -> None:
+def check_import(python: Path, work: Path) -> None:
     run(python, "-m", "pip", "check", cwd=work)
     run(python, "-c", IMPORT_ALL, cwd=work)
     run(python, "-m", "pml_extras", cwd=work)
@@ -144,15 +146,15 @@ def main() -> None:
         sdist, wheel = build(work)
         metadata = check_contents(sdist, wheel)
         requirements = " ".join(metadata.get_all("Requires-Dist", []))
-        least = re.search(r"\btorch>=([\d.]+)", requirements)
-        assert least, requirements
+        oldest = re.search(r"\btorch>=([\d.]+)", requirements)
+        assert oldest, requirements
         for job in jobs:
-            torch = f"torch=={least[1]}" if job == "oldest" else "torch"
+            torch = f"torch=={oldest[1]}" if job == "oldest" else "torch"
             extras = metadata.get_all("Provides-Extra", [])
             if job == "oldest":
-                extras.remove("gpu")  # faiss-gpu wants CUDA 12.6, and the oldest torch has 12.4
+                extras.remove("gpu")  # faiss-gpu needs CUDA 12.6, the oldest torch has 12.4
             (work / job).mkdir()
-            use(torch, sdist, wheel, extras, work / job)
+            check_installed(torch, sdist, wheel, extras, work / job)
             print(f"{job}: passed")
 
 

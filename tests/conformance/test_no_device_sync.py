@@ -1,4 +1,4 @@
-"""Contracts on what makes the host wait for a GPU: nothing does, inside a step."""
+"""A training step must not make the host wait for the GPU."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_leaves
 from .capabilities import EMBEDDING_SIZE, NUM_CLASSES
 from .test_precision_and_compile import FUNCTIONS, inputs  # noqa: F401
 
-# What has to know values, or a size that depends on them.
-WAITING = {
+# Operations that read values, or whose output size depends on values.
+SYNCHRONIZING = {
     torch.ops.aten._local_scalar_dense.default,
     torch.ops.aten.is_nonzero.default,
     torch.ops.aten.nonzero.default,
@@ -22,33 +22,37 @@ WAITING = {
 }
 
 
-class NoWaiting(TorchDispatchMode):
+class NoSync(TorchDispatchMode):
+    """Fails on operations that synchronize with the device."""
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert function not in WAITING, function
+        assert function not in SYNCHRONIZING, function
         if function is torch.ops.aten.index.Tensor:
             masks = [i for i in args[1] if i is not None and i.dtype == torch.bool]
-            assert not masks, "a mask is a size that depends on values"
+            assert not masks, "indexing with a mask: the output size depends on values"
         return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_functions_need_no_word_from_the_device(name, inputs):  # noqa: F811
+def test_functions_do_not_synchronize(name, inputs):  # noqa: F811
     torch._dynamo.reset()
-    with NoWaiting():
+    with NoSync():
         value = FUNCTIONS[name](*inputs)
         if value.requires_grad:
             value.sum().backward()
 
 
-@pytest.mark.parametrize("waits", [lambda x: x.sum().item(), lambda x: x[x > 0], torch.unique])
-def test_waiting_is_seen(waits):
-    with pytest.raises(AssertionError), NoWaiting():
-        waits(torch.randn(5))
+@pytest.mark.parametrize(
+    "synchronize", [lambda x: x.sum().item(), lambda x: x[x > 0], torch.unique]
+)
+def test_synchronization_is_detected(synchronize):
+    with pytest.raises(AssertionError), NoSync():
+        synchronize(torch.randn(5))
 
 
 def move(component, loss_func, device):
     loss_func.to(device)
-    if component.watches_a_network:
+    if component.observes_network:
         loss_func.teacher._trunk.to(device)
         loss_func.teacher.network.to(device)
 
@@ -59,7 +63,7 @@ def steps(component, loss_func, x, labels, count):
 
 
 class OneDevice(TorchDispatchMode):
-    """Finds what was left on another device: many functions take that from a meta tensor."""
+    """Fails on mixed devices, which many functions accept if one is the meta device."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
@@ -69,40 +73,40 @@ class OneDevice(TorchDispatchMode):
 
 
 @pytest.fixture
-def without_values(x, labels):
-    """A component's step on a device whose tensors have shapes and no values to be read."""
+def meta_step(x, labels):
+    """A training step on the meta device, where tensors have a shape but no values."""
 
     def step(component):
         loss_func = component.make(NUM_CLASSES, EMBEDDING_SIZE)
-        steps(component, loss_func, x, labels, 2)  # the first checks the batch, and warns
+        steps(component, loss_func, x, labels, 2)  # the first step checks the batch and may warn
         move(component, loss_func, "meta")
-        there = x.to("meta"), labels.to("meta")
+        meta_inputs = x.to("meta"), labels.to("meta")
         with OneDevice():
-            steps(component, loss_func, *there, 1)
+            steps(component, loss_func, *meta_inputs, 1)
 
     return step
 
 
-def test_what_is_on_another_device_is_seen():
+def test_mixed_devices_are_detected():
     table, y = torch.randn(6, 8), torch.arange(3, device="meta")
     with pytest.raises(AssertionError, match="index"), OneDevice():
         table[y]
 
 
-@pytest.mark.stating(syncs_device=False)
-def test_losses_get_by_without_values(loss_component, without_values):
-    without_values(loss_component)
+@pytest.mark.components_with(syncs_device=False)
+def test_losses_do_not_read_values(loss_component, meta_step):
+    meta_step(loss_component)
 
 
-@pytest.mark.stating(syncs_device=True)
-def test_those_that_wait_ask_for_values(loss_component, without_values):
+@pytest.mark.components_with(syncs_device=True)
+def test_losses_that_synchronize_read_values(loss_component, meta_step):
     with pytest.raises(NotImplementedError, match="nonzero"):
-        without_values(loss_component)
+        meta_step(loss_component)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.stating(syncs_device=False)
-def test_losses_do_not_wait_in_a_step(loss_component, x, labels):
+@pytest.mark.components_with(syncs_device=False)
+def test_losses_do_not_synchronize_on_a_gpu(loss_component, x, labels):
     loss_func = loss_component.make(NUM_CLASSES, EMBEDDING_SIZE)
     move(loss_component, loss_func, "cuda")
     x, labels = x.cuda(), labels.cuda()

@@ -1,4 +1,4 @@
-"""Real processes that talk by torch.distributed, for tests."""
+"""Runs a function in several processes that communicate through torch.distributed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 
 def run_processes(function, folder: Path, *args, world_size: int = 2) -> list[Any]:
-    """``function(rank, *args)`` in each of ``world_size`` processes; what each returns."""
+    """Call ``function(rank, *args)`` in ``world_size`` processes; return the results by rank."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -33,13 +33,13 @@ def run_processes(function, folder: Path, *args, world_size: int = 2) -> list[An
 def _process(rank: int, function, folder: str, port: int, world_size: int, *args) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    # A rank that waits in vain fails, long before anybody loses patience.
-    wait = timedelta(seconds=60)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=wait)
+    # A deadlock fails after a minute instead of the default half hour.
+    timeout = timedelta(seconds=60)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timeout)
     try:
         result = function(rank, *args)
     except Exception:
         result = traceback.format_exc()
     torch.save(result, Path(folder) / f"{rank}.pt")
-    # Not destroy_process_group, in which torch 2.5 stops for good now and then. The process ends.
+    # No destroy_process_group: it sometimes hangs with torch 2.5, and the process ends anyway.
     dist.barrier()

@@ -1,0 +1,1 @@
+"""Code that several test files import by name: `from helpers.state import same_state`."""
