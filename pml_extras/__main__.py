@@ -1,7 +1,5 @@
 """``python -m pml_extras`` prints what a bug report needs: versions, builds and devices."""
 
-from __future__ import annotations
-
 import platform
 from importlib import metadata
 

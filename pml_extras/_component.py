@@ -1,7 +1,5 @@
 """What all components share: hyperparameters in the repr and the log, and argument checks."""
 
-from __future__ import annotations
-
 import inspect
 import math
 import warnings

@@ -1,7 +1,5 @@
 """Listwise Self-Distillation (arXiv 2206.08880) around any loss."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

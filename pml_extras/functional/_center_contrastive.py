@@ -1,16 +1,13 @@
 """Center Contrastive Loss (arXiv 2308.00458)."""
 
-from __future__ import annotations
-
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, softplus
 
-from ._cosine import pairwise_cosine
 from ._kernels.negative_logsumexp import chunked_negative_logsumexp
-from ._kernels.precision import full_precision
+from ._kernels.precision import full_precision, pairwise_dot
 
 # Up to this many logits, plain autograd is as fast as the chunked implementation.
 DENSE_MAX_LOGITS = 1 << 16
@@ -142,7 +139,7 @@ def negative_logsumexp(
         implementation = "reference" if few else "chunked"
     if implementation == "chunked":
         return chunked_negative_logsumexp(embeddings, centers, labels, scale, class_mask, is_local)
-    cosines = pairwise_cosine(embeddings, centers)  # (N, C)
+    cosines = pairwise_dot(normalize(embeddings), normalize(centers))  # (N, C)
     target = labels[:, None]
     target_cosine = cosines.gather(1, target).squeeze(1)
     logits = scale * cosines

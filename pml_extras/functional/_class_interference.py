@@ -1,7 +1,5 @@
 """Class Interference Regularization (arXiv 2009.02396)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize as normalize_rows

@@ -1,7 +1,5 @@
 """Moving averages of the embeddings of each class."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize as normalize_rows

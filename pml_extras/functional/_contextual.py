@@ -1,7 +1,5 @@
 """Contextual similarity and the three terms of the contextual loss (arXiv 2210.01908)."""
 
-from __future__ import annotations
-
 from typing import Literal, NamedTuple
 
 import torch
@@ -10,6 +8,7 @@ from torch.nn.functional import normalize, relu
 
 from ._kernels.chunked_contrastive import chunked_contrastive_term
 from ._kernels.precision import full_precision, pairwise_dot
+from ._kernels.self_matches import self_match_mask
 from ._kernels.sparse_contextual import (
     DistanceRows,
     SparseContextualSimilarity,
@@ -18,7 +17,6 @@ from ._kernels.sparse_contextual import (
     squared_distance_rows,
 )
 from ._neighborhoods import STEP_SLOPE, knn_radii, neighborhood_overlap, self_nearest
-from ._self_matches import self_match_mask
 
 
 @full_precision

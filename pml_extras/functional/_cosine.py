@@ -1,7 +1,5 @@
 """Cosine similarity."""
 
-from __future__ import annotations
-
 from torch import Tensor
 from torch.nn.functional import normalize
 

@@ -6,8 +6,6 @@ compute the same with it. If each rank computes something else with it, each has
 gradient, and :func:`copy_to_parallel` sums the parts.
 """
 
-from __future__ import annotations
-
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -16,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from ._self_matches import row_hashes
+from ._kernels.self_matches import row_hashes
 
 Group: TypeAlias = "dist.ProcessGroup | None"  # None: all processes
 

@@ -1,7 +1,5 @@
 """The listwise divergence of Listwise Self-Distillation (arXiv 2206.08880)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax, normalize

@@ -1,7 +1,5 @@
 """k-nearest neighborhoods: what all forms of the contextual similarity share."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 # The straight-through estimator's slope: [D <= radius] has the derivative -10 everywhere.

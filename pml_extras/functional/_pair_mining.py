@@ -1,7 +1,5 @@
 """Mining of pairs that are hard by contextual similarity and probably labeled right."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,8 +11,8 @@ from ._contextual import contextual_similarity, contextual_similarity_matrix
 from ._cosine import pairwise_cosine
 from ._kernels.chunks import IndexBuffer, row_chunks
 from ._kernels.precision import full_precision
-from ._label_noise import WeightedLabelVote, weighted_label_vote
-from ._self_matches import row_hashes
+from ._kernels.self_matches import row_hashes
+from ._label_vote import WeightedLabelVote, weighted_label_vote
 
 CHUNK_NUMEL = 1 << 21  # pairs examined at a time
 SURE_POSITIVE = 0.25  # a positive pair with more contextual similarity is kept whatever the vote

@@ -4,8 +4,6 @@ The contextual similarity is computed on neighbor lists: each neighborhood is a 
 references, where a mask would include all ties.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Center Contrastive Loss with the classes sharded over the ranks of a process group."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad

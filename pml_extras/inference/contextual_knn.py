@@ -1,7 +1,5 @@
 """Re-ranking at test time, as a replacement for PML's FaissKNN."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

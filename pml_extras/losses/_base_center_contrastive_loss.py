@@ -1,7 +1,5 @@
 """What CenterContrastiveLoss and its sharded sibling share."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Center Contrastive Loss (arXiv 2308.00458)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

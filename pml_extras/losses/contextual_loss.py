@@ -1,7 +1,5 @@
 """Contextual loss (arXiv 2210.01908)."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The distillation term of Listwise Self-Distillation (arXiv 2206.08880)."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """PML's loss wrappers that accept losses by name, with ours on their lists."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from pytorch_metric_learning import losses

@@ -1,7 +1,5 @@
 """A pair miner that uses contextual similarity in addition to distances."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from pytorch_metric_learning.distances import CosineSimilarity

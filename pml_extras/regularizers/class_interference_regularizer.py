@@ -1,7 +1,5 @@
 """Class Interference Regularization (arXiv 2009.02396)."""
 
-from __future__ import annotations
-
 from typing import Any, NoReturn
 
 import torch

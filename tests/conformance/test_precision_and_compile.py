@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pml_extras import functional as f
-from pml_extras.functional._self_matches import self_match_mask
+from pml_extras.functional._kernels.self_matches import self_match_mask
 
 from .capabilities import EMBEDDING_SIZE as D
 from .capabilities import NUM_CLASSES as C

@@ -11,7 +11,7 @@ from pytorch_metric_learning import distances
 from helpers.formulas import contextual_similarity_formula, has_no_near_ties, norms_fit_float32
 from helpers.state import assert_refused_without_change, same_state
 from helpers.strategies import NON_FINITE, any_labels, embeddings, seeds, shapes, small_shapes
-from pml_extras.functional._self_matches import self_match_mask
+from pml_extras.functional._kernels.self_matches import self_match_mask
 from pml_extras.miners import ContextualSimilarityMiner
 
 DISTANCES = {

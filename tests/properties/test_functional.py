@@ -14,8 +14,8 @@ from pml_extras.functional import (
     pairwise_cosine,
     weighted_label_vote,
 )
+from pml_extras.functional._kernels.self_matches import self_match_mask
 from pml_extras.functional._neighborhoods import knn_radii
-from pml_extras.functional._self_matches import self_match_mask
 
 
 def draw_means(data, num_classes, d):

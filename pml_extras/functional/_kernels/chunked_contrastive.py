@@ -1,7 +1,5 @@
 """The contrastive term of a batch without a matrix of all similarities."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

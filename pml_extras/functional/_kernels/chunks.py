@@ -1,7 +1,5 @@
 """Large results, computed one chunk at a time."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The log-sum-exp over all negative classes, one chunk of classes at a time."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

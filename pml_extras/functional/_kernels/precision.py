@@ -1,7 +1,5 @@
 """Half-precision inputs and autocast, handled once for all functions."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar

@@ -4,8 +4,6 @@ Neighborhoods have a few members, so the neighborhoods M, the weights W, the rec
 and their products have a few entries per row. No dense (N, N) matrix is made.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pml_extras.functional._self_matches import row_hashes, self_match_mask
+from pml_extras.functional._kernels.self_matches import row_hashes, self_match_mask
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -1,11 +1,9 @@
 """Which references are the same sample as an embedding."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
-from ._kernels.precision import full_precision
+from .precision import full_precision
 
 
 @full_precision
