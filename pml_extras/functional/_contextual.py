@@ -30,7 +30,7 @@ def contextual_similarity(
     r"""Contextual similarity: how much the neighborhoods of two samples overlap.
 
     A sample's neighborhood holds all samples that are no farther than its k-th nearest neighbor
-    plus a slack: :math:`M_{ij} = [D_{ij} \le v_i(k) + \epsilon]`. :math:`M^2` is the same with
+    plus a slack: :math:`M_{ij} = [D_{ij} \le v_i(k) + \epsilon]`. :math:`M'` is the same with
     :math:`\lfloor k/2 \rfloor` neighbors. The overlap of two neighborhoods counts shared neighbors
     and shared non-neighbors. It is averaged over each sample's reciprocal neighbors (local query
     expansion):
@@ -38,7 +38,7 @@ def contextual_similarity(
     .. math::
         W &= \tfrac12 \Big(\frac{M M^\top}{c_i} + \frac{(1-M)(1-M)^\top}{N - c_i}\Big) \circ M,
             \qquad c_i = \sum_j M_{ij} \\
-        R &= M^2 \circ (M^2)^\top, \qquad
+        R &= M' \circ M'^\top, \qquad
             J = \frac{R W}{\sum_l R_{il}}, \qquad S = \tfrac12 (J + J^\top)
 
     The step :math:`[\cdot]` has a straight-through gradient: exact in forward, a constant slope of
@@ -85,7 +85,7 @@ def _similarity_within_batch(distances: Tensor, k: int, slack: float) -> Tensor:
     distances = self_nearest(distances, torch.arange(n, device=distances.device))
     radius, half_radius = knn_radii(distances, k, slack)
     knn_mask = _step(distances, radius)  # M
-    half_knn_mask = _step(distances, half_radius)  # M2
+    half_knn_mask = _step(distances, half_radius)  # M'
     weights = _overlap(knn_mask, knn_mask) * knn_mask  # W
     reciprocal = half_knn_mask * half_knn_mask.T  # R
     context = _weighted_mean(reciprocal, weights)  # J

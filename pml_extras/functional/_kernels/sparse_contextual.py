@@ -148,7 +148,7 @@ def _count_shared(knn_mask: SparseMatrix) -> Tensor:
 def _factors(
     knn_mask: SparseMatrix, in_half: Tensor, size: Tensor, num_shared: Tensor
 ) -> tuple[SparseMatrix, SparseMatrix, SparseMatrix]:
-    """M2, R and W, from M, its row sums and the entries of M M^T at those of M."""
+    """M', R and W, from M, its row sums and the entries of M M^T at those of M."""
     rows, cols = knn_mask.rows, knn_mask.cols
     i, j = rows[in_half], cols[in_half]
     half_knn_mask = SparseMatrix(i, j, knn_mask.values[in_half], knn_mask.n)
@@ -222,7 +222,7 @@ class _SparseContextualTerm(torch.autograd.Function):
         grad_reciprocal = grad_product @ weights.transpose()
         i, j = reciprocal.rows, reciprocal.cols
         row_means = reciprocal.with_values(grad_reciprocal.at(i, j)).row_sums() / num_reciprocal
-        # dM2 = M2^T * (dR + dR^T), computed as its transpose
+        # dM' = M'^T * (dR + dR^T), computed as its transpose
         i, j = half_knn_mask.rows, half_knn_mask.cols
         grad_half_knn = half_knn_mask.with_values(
             grad_reciprocal.at(i, j) - row_means[i] + grad_reciprocal.at(j, i) - row_means[j]
@@ -240,7 +240,7 @@ class _SparseContextualTerm(torch.autograd.Function):
         grad_knn = grad_weights.with_values(grad_weights.values * overlap)
         grad_knn = grad_knn.plus(grad_shared.plus(grad_shared.transpose()) @ knn_mask)
 
-        # The straight-through estimator gives -10 (dM + dM2) for D = 2 - 2 s, so 20 for s = x x^T
+        # The straight-through estimator gives -10 (dM + dM') for D = 2 - 2 s, so 20 for s = x x^T
         grad_similarity = grad_knn.plus(grad_half_knn.transpose())
         i, j = grad_similarity.rows, grad_similarity.cols
         grad_similarity = grad_similarity.with_values(grad_similarity.values.masked_fill(i == j, 0))
