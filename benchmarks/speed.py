@@ -66,9 +66,7 @@ def contextual(n: int, noise: float = 0.6, dim: int = 512) -> Contenders:
     def objective(implementation: str) -> torch.Tensor:
         terms = functional.contextual_loss(x, labels, implementation=implementation)
         return (
-            0.4 * terms.contextual.mean()
-            + 0.5 * terms.contrastive.mean()
-            + 0.1 * terms.mean_similarity
+            0.4 * terms.contextual.mean() + 0.5 * terms.contrastive.mean() + 0.1 * terms.similarity
         )
 
     return {

@@ -37,6 +37,11 @@ def check_non_negative(**values: float) -> None:
         require(0 <= value < math.inf, name, "be non-negative and finite", value)
 
 
+def check_range(low: float, high: float, **values: float) -> None:
+    for name, value in values.items():
+        require(low <= value <= high, name, f"lie in [{low}, {high}]", value)
+
+
 def check_class_labels(labels: torch.Tensor | None, num_classes: int) -> torch.Tensor:
     """Check that labels are class indices, and return them.
 
@@ -61,25 +66,24 @@ def check_class_labels(labels: torch.Tensor | None, num_classes: int) -> torch.T
 
 
 def check_embeddings(
-    embeddings: torch.Tensor, size: int | str = "embedding_size", name: str = "embeddings"
+    embeddings: torch.Tensor,
+    size: int | None = None,
+    name: str = "embeddings",
+    *,
+    finite: bool = False,
 ) -> None:
-    """Check that embeddings are rows of floating-point numbers, of this size if it is known."""
-    if embeddings.ndim != 2 or size not in ("embedding_size", embeddings.shape[1]):
-        raise ValueError(
-            f"{name} must have shape (batch_size, {size}), got {tuple(embeddings.shape)}"
-        )
+    """Check that embeddings are rows of floating-point numbers, of this size if it is given.
+
+    ``finite`` reads the values, which makes the host wait for a GPU.
+    """
+    if embeddings.ndim != 2 or size not in (None, embeddings.shape[1]):
+        wanted = f"(batch_size, {size or 'embedding_size'})"
+        raise ValueError(f"{name} must have shape {wanted}, got {tuple(embeddings.shape)}")
     if not embeddings.is_floating_point():
         raise ValueError(f"{name} must be floating-point numbers, got {embeddings.dtype}")
-
-
-def check_finite(**rows: torch.Tensor) -> None:
-    """Check that these are rows of finite numbers, and that there are any (except queries)."""
-    for name, x in rows.items():
-        if len(x) == 0 and name != "query":
-            raise ValueError(f"{name} must have at least one row, got {tuple(x.shape)}")
-        wrong = (~x.isfinite().all(1)).nonzero()
-        if len(wrong) > 0:
-            raise ValueError(f"{name} must be finite, and row {int(wrong[0])} is not")
+    if finite:
+        for row in (~embeddings.isfinite().all(1)).nonzero()[:1]:
+            raise ValueError(f"{name} must be finite, and row {int(row)} is not")
 
 
 def element_losses(losses: torch.Tensor) -> dict[str, Any]:

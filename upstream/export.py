@@ -31,8 +31,8 @@ PLACES = {
     "inference": "evaluation",
     "label_noise": "evaluation",
 }
-# Subclasses of PML's wrappers, which can be edited there instead, and what our bug reports need.
-LEFT_OUT = {"losses.wrappers", "__main__"}
+# Subclasses of PML's wrappers: there, PML's own classes are edited instead.
+LEFT_OUT = {"losses.wrappers"}
 # The lists of supported losses: (file, line, the line before which it goes wherever that is).
 EDITS = [
     (f"src/{THEIRS}/losses/cross_batch_memory.py", '"ContextualLoss",', '"ContrastiveLoss",'),

@@ -23,7 +23,7 @@ class SelfDistillation(HyperparametersMixin, BaseLossWrapper, ModuleWithRecords)
     term. In epoch 0 its weight is 0, and the teacher is not used.
 
     In a loop of your own, the explicit form is as short:
-    ``loss(x, labels) + weight * ListwiseDistillationLoss()(x, ref_emb=teacher(inputs))``. This
+    ``loss(x, labels) + weight * ListwiseDistillationLoss()(x, ref_emb=teacher_embeddings)``. This
     class
     is for code that only calls ``loss(embeddings, labels)``, such as PML's trainers: pass
     ``end_of_epoch_hook(your_hook)`` as the trainer's hook. In your own loop, call

@@ -62,14 +62,14 @@ def class_interference(
     x = normalize_rows(embeddings) if normalize else embeddings
 
     # Draw n_i: the n-th class that has a mean, skipping the sample's own. A list of these classes
-    # would make the host wait for its length; rank[c] counts them up to and including c.
+    # would make the host wait for its length; num_up_to[c] counts them up to and including c.
     has_mean = class_counts > 0
-    rank = has_mean.cumsum(0)
+    num_up_to = has_mean.cumsum(0)
     target_has_mean = has_mean[labels]
-    num_negatives = rank[-1] - target_has_mean.long()
+    num_negatives = num_up_to[-1] - target_has_mean.long()
     nth = (class_draw * num_negatives).long()
-    nth = nth + (target_has_mean & (nth >= rank[labels] - 1)).long()
-    negatives = torch.searchsorted(rank, nth + 1).clamp_max(len(rank) - 1)
+    nth = nth + (target_has_mean & (nth >= num_up_to[labels] - 1)).long()
+    negatives = torch.searchsorted(num_up_to, nth + 1).clamp_max(len(num_up_to) - 1)
 
     apply_mask = (apply_draw < probability) & (num_negatives > 0)  # b_i
     step_size = apply_mask.to(x.dtype) * strength

@@ -16,7 +16,13 @@ from ._kernels.sparse_contextual import (
     sparse_contextual_term,
     squared_distance_rows,
 )
-from ._neighborhoods import STEP_SLOPE, knn_radii, neighborhood_overlap, self_nearest
+from ._neighborhoods import (
+    STEP_SLOPE,
+    knn_radii,
+    neighborhood_overlap,
+    self_nearest,
+    squared_distances,
+)
 
 
 @full_precision
@@ -42,8 +48,8 @@ def contextual_similarity(
             J = \frac{R W}{\sum_l R_{il}}, \qquad S = \tfrac12 (J + J^\top)
 
     The step :math:`[\cdot]` has a straight-through gradient: exact in forward, a constant slope of
-    10 per unit of distance in backward. The radii and the denominators :math:`c_i` and
-    :math:`N - c_i` carry no gradient.
+    -10 per unit of distance in backward. The radii, a sample's distance to itself, and the
+    denominators :math:`c_i` and :math:`N - c_i` carry no gradient.
 
     With queries and references, all neighbors are references. A query lies in the neighborhood of
     a reference if it is within the reference's own radius.
@@ -55,7 +61,8 @@ def contextual_similarity(
         ref_distances: (R, R) between the references.
         num_neighbors: k >= 1, including the sample itself; clamped to the number of references.
         slack: eps >= 0, in units of ``distances``.
-        Returns:
+
+    Returns:
         (N, N) symmetric, or (Q, R), in [0, 1], float32 or wider.
 
     Source: arXiv 2210.01908. Ours: every sample is its own nearest neighbor whatever the rounding;
@@ -86,10 +93,10 @@ def _similarity_within_batch(distances: Tensor, k: int, slack: float) -> Tensor:
     radius, half_radius = knn_radii(distances, k, slack)
     knn_mask = _step(distances, radius)  # M
     half_knn_mask = _step(distances, half_radius)  # M'
-    weights = _overlap(knn_mask, knn_mask) * knn_mask  # W
+    neighbor_weights = _overlap(knn_mask, knn_mask) * knn_mask  # W
     reciprocal = half_knn_mask * half_knn_mask.T  # R
-    context = _weighted_mean(reciprocal, weights)  # J
-    return (context + context.T) / 2  # S
+    expanded = _weighted_mean(reciprocal, neighbor_weights)  # J
+    return (expanded + expanded.T) / 2  # S
 
 
 def _similarity_to_references(
@@ -117,9 +124,9 @@ def _similarity_to_references(
 
 
 def _step(distances: Tensor, radius: Tensor) -> Tensor:
-    """1 within the radius, 0 outside; a straight-through estimator with the slope -10."""
+    """1 within the radius, 0 outside; a straight-through estimator in backward."""
     inside = (distances <= radius).to(distances.dtype)
-    return inside + STEP_SLOPE * (distances.detach() - distances)
+    return inside + STEP_SLOPE * (distances - distances.detach())
 
 
 def _overlap(mask: Tensor, other_mask: Tensor) -> Tensor:
@@ -156,14 +163,14 @@ def contextual_similarity_matrix(
 
 
 class ContextualLossTerms(NamedTuple):
-    """The three terms of :func:`contextual_loss`, before their weights."""
+    """The three terms of :func:`contextual_loss`, not yet weighted."""
 
     contextual: Tensor
     """(N,) in [0, 1]; the mean is the published term."""
     contrastive: Tensor
     """(N,); the mean is the published term."""
-    mean_similarity: Tensor
-    """()."""
+    similarity: Tensor
+    """(), the squared distance of the mean similarity from its target."""
 
 
 @full_precision
@@ -204,10 +211,10 @@ def contextual_loss(
         slack: eps >= 0, in units of squared distance between normalized embeddings.
         pos_margin, neg_margin: :math:`m^+` and :math:`m^-`, cosine similarities.
         target_similarity: t, a cosine similarity.
-        implementation: "reference" is plain autograd. "sparse" makes no (N, N) matrix, has a
-            hand-derived gradient, and cannot be differentiated twice; it needs small neighborhoods
-            and does not support references. "auto" measures a sample of the neighborhoods and
-            takes the faster one.
+        implementation: "reference" is plain autograd. "sparse" has a hand-derived gradient
+            and cannot be differentiated twice. It makes no (N, N) matrix, except for
+            ``pair_weights``, is fast if neighborhoods and classes are small, and does not support
+            references. "auto" measures a sample of the neighborhoods and takes the faster one.
 
     Returns:
         :class:`ContextualLossTerms`, float32 or wider.
@@ -220,6 +227,8 @@ def contextual_loss(
         >>> contextual_loss(x, torch.tensor([0, 0, 1, 1]), num_neighbors=2).contextual
         tensor([0., 0., 0., 0.])
     """
+    if (ref_emb is None) != (ref_labels is None):
+        raise ValueError("ref_emb and ref_labels are required together")
     if len(embeddings) == 0:
         zeros = embeddings.sum(1)
         return ContextualLossTerms(zeros, zeros, zeros.sum())
@@ -234,19 +243,19 @@ def contextual_loss(
         raise ValueError('implementation="sparse" does not support ref_emb')
 
     # L_similarity: the mean of all dot products is the dot product of the means.
-    mean_similarity = (x.mean(0) @ refs.mean(0) - target_similarity).square()
+    similarity = (x.mean(0) @ refs.mean(0) - target_similarity).square()
 
     if implementation == "sparse" and pair_weights is None:
         contextual = sparse_contextual_term(x, labels, num_neighbors, slack)
         contrastive = chunked_contrastive_term(x, labels, pos_margin, neg_margin)
-        return ContextualLossTerms(contextual, contrastive, mean_similarity)
+        return ContextualLossTerms(contextual, contrastive, similarity)
 
-    similarities = pairwise_dot(x, refs)  # s, (N, R)
+    cosines = pairwise_dot(x, refs)  # s, (N, R)
     if ref_emb is None or ref_labels is None:
         ref_labels, ref_distances = labels, None
         is_self = torch.eye(len(x), dtype=torch.bool, device=x.device)
     else:
-        ref_distances = _squared_distances(pairwise_dot(refs, refs))
+        ref_distances = squared_distances(pairwise_dot(refs, refs))
         is_self = self_match_mask(embeddings, ref_emb)
     same_class = labels[:, None] == ref_labels  # y, (N, R)
 
@@ -254,11 +263,9 @@ def contextual_loss(
     if implementation == "sparse":
         contextual = sparse_contextual_term(x, labels, num_neighbors, slack)
     else:
+        distances = squared_distances(cosines)
         context = contextual_similarity(
-            _squared_distances(similarities),
-            ref_distances,
-            num_neighbors=num_neighbors,
-            slack=slack,
+            distances, ref_distances, num_neighbors=num_neighbors, slack=slack
         )
         errors = (context - same_class.to(context.dtype)).masked_fill(is_self, 0)
         contextual = errors.square().sum(1) / len(refs)
@@ -266,18 +273,14 @@ def contextual_loss(
     # L_contrast
     if pair_weights is None:
         # As in PML, a copy of the sample among the references counts as a positive.
-        positives = same_class if ref_emb is not None else same_class & ~is_self
+        positives = same_class & ~is_self if ref_emb is None else same_class
         pair_weights = positives, ~same_class
-    contrastive = _mean_over_active(relu(pos_margin - similarities), pair_weights[0])
-    contrastive = contrastive + _mean_over_active(relu(similarities - neg_margin), pair_weights[1])
-    return ContextualLossTerms(contextual, contrastive, mean_similarity)
-
-
-def _squared_distances(similarities: Tensor) -> Tensor:
-    return (2 - 2 * similarities).clamp_min(0)
+    pos_term = _mean_over_active(relu(pos_margin - cosines), pair_weights[0])
+    neg_term = _mean_over_active(relu(cosines - neg_margin), pair_weights[1])
+    return ContextualLossTerms(contextual, pos_term + neg_term, similarity)
 
 
 def _mean_over_active(excess: Tensor, weights: Tensor) -> Tensor:
-    """Each anchor's part of the weighted mean over the pairs with excess > 0, (N, R), times N."""
+    """(N,), from (N, R): row sums, scaled so that their mean is the mean over pairs with excess."""
     num_active = torch.where(excess > 0, weights, 0).sum().to(excess.dtype)
     return (excess * weights).sum(1) * (len(excess) / num_active.clamp_min(1))

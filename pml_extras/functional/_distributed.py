@@ -39,7 +39,10 @@ def gather_rows(x: Tensor, sizes: list[int], group: Group = None) -> Tensor:
 
 
 def copy_to_parallel(x: Tensor, group: Group = None) -> Tensor:
-    """``x``, equal on all ranks, for computations that are split over the ranks."""
+    """``x``, equal on all ranks, for computations that are split over the ranks.
+
+    Backward sums the gradients of all ranks.
+    """
     copy: Tensor = _CopyToParallel.apply(x, group)  # type: ignore[no-untyped-call]
     return copy
 

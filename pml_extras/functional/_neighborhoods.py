@@ -2,12 +2,17 @@
 
 from torch import Tensor
 
-# The straight-through estimator's slope: [D <= radius] has the derivative -10 everywhere.
-STEP_SLOPE = 10.0
+# The straight-through estimator of [D <= radius] has this derivative everywhere.
+STEP_SLOPE = -10.0
+
+
+def squared_distances(similarities: Tensor) -> Tensor:
+    """Squared Euclidean distances of normalized embeddings, from their cosine similarities."""
+    return (2 - 2 * similarities).clamp_min(0)
 
 
 def self_nearest(distances: Tensor, self_index: Tensor) -> Tensor:
-    """Make every sample its own nearest neighbor.
+    """Make every sample its own nearest neighbor, at a distance without gradient.
 
     Rounding, and distances that are dot products, can put other samples first.
 

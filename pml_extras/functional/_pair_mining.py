@@ -91,14 +91,14 @@ def contextual_pairs(
     ref_context = None
     if ref_emb is None or ref_labels is None:
         ref_emb, ref_labels = embeddings, labels
-        identity = ref_identity = torch.arange(len(embeddings), device=embeddings.device)
+        sample_ids = ref_ids = torch.arange(len(embeddings), device=embeddings.device)
         context = contextual_similarity_matrix(
             lambda rows: distances(embeddings[rows], embeddings),
             embeddings,
             num_neighbors=num_neighbors,
         )
     else:
-        identity, ref_identity = row_hashes(embeddings), row_hashes(ref_emb)
+        sample_ids, ref_ids = row_hashes(embeddings), row_hashes(ref_emb)
         ref_distances = distances(ref_emb, ref_emb)
         similarity = functools.partial(
             contextual_similarity, num_neighbors=num_neighbors, slack=0.0
@@ -107,9 +107,9 @@ def contextual_pairs(
         context = similarity(distances(embeddings, ref_emb), ref_distances)
 
     def pairs_for(rows: slice) -> Pairs:
-        chunk = distances(embeddings[rows], ref_emb)
-        valid = (identity[rows, None] != ref_identity) & (chunk < not_finite)
-        return Pairs(chunk, context[rows], labels[rows, None] == ref_labels, valid)
+        chunk_distances = distances(embeddings[rows], ref_emb)
+        valid = (sample_ids[rows, None] != ref_ids) & (chunk_distances < not_finite)
+        return Pairs(chunk_distances, context[rows], labels[rows, None] == ref_labels, valid)
 
     num_refs = len(ref_emb)
     chunks = row_chunks(len(embeddings), num_refs, CHUNK_NUMEL)
@@ -126,7 +126,7 @@ def contextual_pairs(
 
     positives, negatives = (IndexBuffer(4 * len(embeddings), embeddings.device) for _ in range(2))
     for rows in chunks:
-        chunk_vote = vote and WeightedLabelVote(*(part[rows] for part in vote))
+        chunk_vote = None if vote is None else WeightedLabelVote(*(part[rows] for part in vote))
         hard = _hard_pairs(pairs_for(rows), chunk_vote, ref_vote, margin)
         for buffer, mask in zip((positives, negatives), hard, strict=True):
             buffer.append(mask.view(-1).nonzero().squeeze(1) + rows.start * num_refs)

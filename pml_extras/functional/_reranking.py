@@ -23,20 +23,20 @@ class ReferenceIndex(NamedTuple):
 
     embeddings: Tensor
     """(R, D), normalized."""
-    neighbors: Tensor
-    """(R, k) int64, the nearest references by cosine similarity, the reference itself first."""
-    similarity: Tensor
-    """(R, k), the cosine similarity of the neighbors."""
     neighbor_weights: Tensor
     """(R, k) in [0, 1], the overlap of each neighbor's neighborhood with the reference's."""
     is_reciprocal_half: Tensor
     """(R, h) bool, which of the first h = max(k // 2, 1) neighbors have the reference among their
     first h."""
     candidates: Tensor
-    """(R, c >= k) int64, the neighbors and the next nearest references, for references that become
-    queries."""
+    """(R, c >= k) int64, the nearest references by cosine similarity, the reference itself first.
+    The first k are its neighbors; more are for references that become queries."""
     candidate_similarity: Tensor
-    """(R, c)."""
+    """(R, c), the cosine similarity of the candidates."""
+
+    @property
+    def neighbors(self) -> Tensor:
+        return self.candidates[:, : self.neighbor_weights.shape[1]]
 
 
 def knn_search(query: Tensor, references: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -90,21 +90,20 @@ def build_reference_index(
     self_index = torch.arange(num_references, device=normalized.device)[:, None]
     found = knn_search(normalized, normalized, max(k, min(num_candidates, num_references)))
     candidate_similarity, candidates = _self_first(self_index, *found)
-    similarity, neighbors = candidate_similarity[:, :k], candidates[:, :k]
+    neighbors = candidates[:, :k]
 
-    neighbor_weights = torch.empty_like(similarity)
+    neighbor_weights = torch.empty_like(candidate_similarity[:, :k])
     size = normalized.new_full((), k)
-    chunks = row_chunks(num_references, num_references + k * k, CHUNK_NUMEL)
-    table = normalized.new_zeros(chunks[0].stop if chunks else 0, num_references)
-    for rows in chunks:
-        num_shared = _count_shared(table, neighbors[rows], neighbors[neighbors[rows]])
+    for rows in row_chunks(num_references, num_references + k * k, CHUNK_NUMEL):
+        num_shared = _count_shared_neighbors(
+            neighbors[rows], neighbors[neighbors[rows]], num_references
+        )
         neighbor_weights[rows] = neighborhood_overlap(num_shared, size, size, num_references)
     half_neighbors = neighbors[:, :half]
     is_reciprocal_half = (neighbors[half_neighbors, :half] == self_index[:, :, None]).any(2)
     return ReferenceIndex(
-        normalized, neighbors, similarity, neighbor_weights, is_reciprocal_half,
-        candidates, candidate_similarity,
-    )  # fmt: skip
+        normalized, neighbor_weights, is_reciprocal_half, candidates, candidate_similarity
+    )
 
 
 @full_precision
@@ -160,13 +159,12 @@ def contextual_rerank(
         similarity, candidates = knn_search(normalized, index.embeddings, c)
         if query_indices is not None:
             similarity, candidates = _self_first(query_indices[:, None], similarity, candidates)
-    radius, half_radius = index.similarity[:, -1], index.similarity[:, half - 1]  # (R,)
+    radius = index.candidate_similarity[:, num_neighbors - 1]  # (R,)
+    half_radius = index.candidate_similarity[:, half - 1]
     size = normalized.new_full((), num_neighbors)
 
     distances = torch.empty_like(similarity)
-    chunks = row_chunks(len(query), num_references + c * num_neighbors, CHUNK_NUMEL)
-    table = normalized.new_zeros(chunks[0].stop if chunks else 0, num_references)
-    for rows in chunks:
+    for rows in row_chunks(len(query), num_references + c * num_neighbors, CHUNK_NUMEL):
         candidate, cosine = candidates[rows], similarity[rows]  # (B, c)
         ref_neighbors = index.neighbors[candidate]  # (B, c, k)
         if query_indices is None:
@@ -186,13 +184,15 @@ def contextual_rerank(
         expansion_weights /= expansion_weights.sum(1, keepdim=True).clamp_min(1)
         expanded_weights = expansion_weights[:, :, None] * index.neighbor_weights[expansion]
         query_to_ref = _scatter_gather(
-            table, index.neighbors[expansion], expanded_weights, candidate
+            index.neighbors[expansion], expanded_weights, candidate, num_references
         )
         # J_rq: the same from each candidate to the query
-        num_shared = _count_shared(table, query_neighbors, ref_neighbors)
+        num_shared = _count_shared_neighbors(query_neighbors, ref_neighbors, num_references)
         query_weights = neighborhood_overlap(num_shared, size, size, num_references) * in_ref_knn
         ref_reciprocal = index.is_reciprocal_half[candidate].to(cosine.dtype)  # (B, c, h)
-        ref_weights = _scatter_gather(table, candidate, query_weights, ref_neighbors[:, :, :half])
+        ref_weights = _scatter_gather(
+            candidate, query_weights, ref_neighbors[:, :, :half], num_references
+        )
         ref_to_query = (ref_reciprocal * ref_weights).sum(2)
         ref_to_query /= ref_reciprocal.sum(2).clamp_min(1)
 
@@ -216,22 +216,16 @@ def _self_first(self_index: Tensor, similarity: Tensor, indices: Tensor) -> tupl
     return similarity, indices
 
 
-def _count_shared(table: Tensor, neighbors: Tensor, other_neighbors: Tensor) -> Tensor:
+def _count_shared_neighbors(
+    neighbors: Tensor, other_neighbors: Tensor, num_references: int
+) -> Tensor:
     """(B, L): how many of row b's neighbors, (B, k), are among the k neighbors of l, (B, L, k)."""
-    ones = table.new_ones(()).expand(neighbors.shape)
-    return _scatter_gather(table, neighbors, ones, other_neighbors).sum(2)
+    ones = torch.ones(neighbors.shape, device=neighbors.device)
+    return _scatter_gather(neighbors, ones, other_neighbors, num_references).sum(2)
 
 
-def _scatter_gather(table: Tensor, index: Tensor, values: Tensor, wanted: Tensor) -> Tensor:
-    """Sum each row's ``values`` by ``index``, both (B, ...), and read the sums at ``wanted``.
-
-    Args:
-        table: (B or more, R) zeros, reused to save time; all zeros again afterwards.
-        wanted: (B, ...), indices like ``index``.
-    """
-    sums = table[: len(index)]
-    index = index.flatten(1)
-    sums.scatter_add_(1, index, values.flatten(1))
-    found = sums.gather(1, wanted.flatten(1)).view(wanted.shape)
-    sums.scatter_(1, index, 0)
-    return found
+def _scatter_gather(index: Tensor, values: Tensor, wanted: Tensor, num_references: int) -> Tensor:
+    """Sum each row's ``values`` by ``index``, both (B, ...), and read the sums at ``wanted``."""
+    sums = values.new_zeros(len(index), num_references)
+    sums.scatter_add_(1, index.flatten(1), values.flatten(1))
+    return sums.gather(1, wanted.flatten(1)).view(wanted.shape)

@@ -6,7 +6,13 @@ import torch
 from pytorch_metric_learning.utils.inference import return_results
 from torch import Tensor
 
-from .._component import HyperparametersMixin, check_count, check_embeddings, check_finite, require
+from .._component import (
+    HyperparametersMixin,
+    check_count,
+    check_embeddings,
+    check_range,
+    require,
+)
 from ..functional import ReferenceIndex, build_reference_index, contextual_rerank
 
 
@@ -56,7 +62,7 @@ class ContextualKNN(HyperparametersMixin):
     ) -> None:
         check_count("num_neighbors", num_neighbors)
         check_count("num_candidates", num_candidates)
-        require(0 <= distance_weight <= 1, "distance_weight", "lie in [0, 1]", distance_weight)
+        check_range(0, 1, distance_weight=distance_weight)
         self.num_neighbors = num_neighbors
         self.num_candidates = num_candidates
         self.distance_weight = distance_weight
@@ -83,8 +89,7 @@ class ContextualKNN(HyperparametersMixin):
         """
         k += ref_includes_query
         if reference is not None:
-            check_embeddings(reference, name="reference")
-            check_finite(reference=reference)
+            _check_references(reference, "reference")
             are_queries = ref_includes_query and len(query) == len(reference)
             num_candidates = max(k, self.num_candidates) if are_queries else 0
             index = build_reference_index(
@@ -94,8 +99,7 @@ class ContextualKNN(HyperparametersMixin):
             index = self.index = ReferenceIndex(*(x.to(query.device) for x in self.index))
         else:
             raise ValueError("there are no references: pass some, or call train first")
-        check_embeddings(query, index.embeddings.shape[1], name="query")
-        check_finite(query=query)
+        check_embeddings(query, index.embeddings.shape[1], "query", finite=True)
         distances, indices = contextual_rerank(
             query,
             index,
@@ -110,8 +114,7 @@ class ContextualKNN(HyperparametersMixin):
 
     def train(self, embeddings: Tensor) -> None:
         """Replace the references by these, (R, D)."""
-        check_embeddings(embeddings)
-        check_finite(embeddings=embeddings)
+        _check_references(embeddings, "embeddings")
         self.index = build_reference_index(embeddings, num_neighbors=self.num_neighbors)
 
     def add(self, embeddings: Tensor) -> None:
@@ -135,3 +138,8 @@ class ContextualKNN(HyperparametersMixin):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
+
+
+def _check_references(references: Tensor, name: str) -> None:
+    check_embeddings(references, name=name, finite=True)
+    require(len(references) > 0, name, "have at least one row", tuple(references.shape))

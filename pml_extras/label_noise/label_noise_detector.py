@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._component import HyperparametersMixin, check_count, check_embeddings, check_finite
+from .._component import HyperparametersMixin, check_count, check_embeddings
 from ..functional import label_vote
 
 
@@ -76,8 +76,7 @@ class LabelNoiseDetector(HyperparametersMixin, torch.nn.Module):
 
     def update(self, embeddings: Tensor) -> LabelNoiseDetector:
         """Update the scores with embeddings of the training set, (N, D) in the labels' order."""
-        check_embeddings(embeddings)
-        check_finite(embeddings=embeddings)
+        check_embeddings(embeddings, finite=True)
         if len(embeddings) != len(self.labels):
             raise ValueError(
                 f"embeddings must be those of {len(self.labels)} samples, got {len(embeddings)}"

@@ -14,6 +14,7 @@ from .._component import (
     check_count,
     check_embeddings,
     check_non_negative,
+    check_range,
     element_losses,
     require,
 )
@@ -42,9 +43,9 @@ class BaseCenterContrastiveLoss(
     ) -> None:
         check_count("num_classes", num_classes)
         check_count("embedding_size", embedding_size)
-        require(scale > 0, "scale", "be positive and finite", scale)
         check_non_negative(scale=scale, margin=margin, center_weight=center_weight)
-        require(0 <= momentum <= 1, "momentum", "lie in [0, 1]", momentum)
+        require(scale > 0, "scale", "be positive and finite", scale)
+        check_range(0, 1, momentum=momentum)
         require(0 <= label_smoothing < 1, "label_smoothing", "lie in [0, 1)", label_smoothing)
         modes = ("gradient", "ema")
         require(center_update in modes, "center_update", 'be "gradient" or "ema"', center_update)

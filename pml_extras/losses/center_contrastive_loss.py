@@ -57,7 +57,8 @@ class CenterContrastiveLoss(BaseCenterContrastiveLoss):
     Default distance: ``CosineSimilarity()``, the only one. Default reducer: ``MeanReducer``.
     Reducer input: **loss**, one element per sample. Tuples from a miner weight the samples.
     Statistics for the log: ``avg_center_similarity`` (to the sample's own center) and
-    ``center_accuracy`` (fraction of samples that are nearest to their own center).
+    ``center_accuracy`` (fraction of samples that are nearest to their own center). They need all
+    (N, C) logits.
 
     Raises:
         ValueError: for a label outside [0, C) (labels on a GPU are left to its own check),
@@ -136,7 +137,7 @@ class CenterContrastiveLoss(BaseCenterContrastiveLoss):
 
     @torch.no_grad()
     def _set_stats(self, embeddings: Tensor, labels: Tensor) -> None:
-        logits = self.get_logits(embeddings)
-        target = logits.gather(1, labels[:, None]).squeeze(1)
-        self.avg_center_similarity = target.clamp_min(-self.scale).mean().item() / self.scale
-        self.center_accuracy = (logits.argmax(1) == labels).float().mean().item()
+        cosines = self.get_logits(embeddings) / self.scale
+        target = cosines.gather(1, labels[:, None]).squeeze(1)
+        self.avg_center_similarity = target.clamp_min(-1).mean().item()
+        self.center_accuracy = (cosines.argmax(1) == labels).float().mean().item()

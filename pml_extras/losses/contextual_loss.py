@@ -15,11 +15,11 @@ from .._component import (
     check_count,
     check_embeddings,
     check_non_negative,
+    check_range,
     element_losses,
-    require,
 )
 from ..functional import contextual_loss, contextual_similarity, pairwise_cosine
-from ..functional._neighborhoods import knn_radii
+from ..functional._neighborhoods import knn_radii, squared_distances
 
 
 class ContextualLoss(HyperparametersMixin, BaseMetricLossFunction):
@@ -38,15 +38,15 @@ class ContextualLoss(HyperparametersMixin, BaseMetricLossFunction):
 
     Sample each class of a batch ``num_neighbors`` times or more (``MPerClassSampler``). A sample
     with fewer positives must have negatives among its neighbors, and the loss cannot reach zero. If
-    the log shows neighborhoods as large as the batch, the embeddings are too concentrated for the
-    slack: lower it.
+    the log shows neighborhoods as large as the batch, lower the slack: the embeddings are too
+    concentrated for it.
 
     With ``ref_emb``, neighbors are references: in a :class:`CrossBatchMemory` they come from the
     whole memory. References that equal a sample bit by bit count as the sample itself.
 
     Large batches with small neighborhoods and classes are computed with sparse matrices, with the
-    same loss and gradient. The loss cannot be differentiated twice within a batch; for that, use
-    the function with ``implementation="reference"``.
+    same loss and gradient. They cannot be differentiated twice; for that, use the function with
+    ``implementation="reference"``.
 
     Args:
         num_neighbors: k >= 1, including the sample itself. Clamped to the batch, with a warning.
@@ -103,11 +103,8 @@ class ContextualLoss(HyperparametersMixin, BaseMetricLossFunction):
             contrastive_weight=contrastive_weight,
             similarity_weight=similarity_weight,
         )
-        require(-1 <= pos_margin <= 1, "pos_margin", "lie in [-1, 1]", pos_margin)
-        require(-1 <= neg_margin <= 1, "neg_margin", "lie in [-1, 1]", neg_margin)
-        require(
-            -1 <= target_similarity <= 1, "target_similarity", "lie in [-1, 1]", target_similarity
-        )
+        check_range(-1, 1, pos_margin=pos_margin, neg_margin=neg_margin)
+        check_range(-1, 1, target_similarity=target_similarity)
         super().__init__(**kwargs)
         c_f.assert_distance_type(self, CosineSimilarity, p=2, power=1)
         self.num_neighbors = num_neighbors
@@ -154,30 +151,31 @@ class ContextualLoss(HyperparametersMixin, BaseMetricLossFunction):
         )
         if self.collect_stats:
             self._set_stats(embeddings, labels, None if within_batch else ref_emb, ref_labels)
-        mean_similarity = terms.mean_similarity.expand(len(embeddings))
+        similarity = terms.similarity.expand(len(embeddings))
         return {
             "contextual_loss": element_losses(self.contextual_weight * terms.contextual),
             "contrastive_loss": element_losses(self.contrastive_weight * terms.contrastive),
-            "similarity_loss": element_losses(self.similarity_weight * mean_similarity),
+            "similarity_loss": element_losses(self.similarity_weight * similarity),
         }
 
     def _check_batch(self, labels: Tensor) -> None:
-        """Warn once if the number of neighbors does not suit the batch."""
+        """Warn once if the number of neighbors does not suit the samples to find them among."""
         k = self.num_neighbors
-        if len(labels) < k and not self._warned_of_clamping:
-            self._warned_of_clamping = True
-            warnings.warn(
-                f"num_neighbors={k} is clamped: the batch holds {len(labels)}", stacklevel=2
-            )
-        elif not self._checked_class_sizes:  # once, because on a GPU the host waits for the answer
+        if len(labels) < k:
+            if not self._warned_of_clamping:
+                self._warned_of_clamping = True
+                warnings.warn(
+                    f"num_neighbors={k} is clamped to {len(labels)} samples", stacklevel=5
+                )
+        elif not self._checked_class_sizes:  # once, because a GPU makes the host wait
+            self._checked_class_sizes = True
             largest_class = int(torch.unique(labels, return_counts=True)[1].max())
             if largest_class < k:
                 warnings.warn(
                     f"num_neighbors={k} is more than the {largest_class} samples per class in this"
                     " batch: negatives must be among the neighbors",
-                    stacklevel=2,
+                    stacklevel=5,
                 )
-        self._checked_class_sizes = True
 
     @torch.no_grad()
     def _set_stats(
@@ -185,8 +183,8 @@ class ContextualLoss(HyperparametersMixin, BaseMetricLossFunction):
     ) -> None:
         k, slack = self.num_neighbors, self.neighborhood_slack
         similarities = pairwise_cosine(embeddings, ref_emb)
-        distances = (2 - 2 * similarities).clamp_min(0)
-        ref_distances = None if ref_emb is None else (2 - 2 * pairwise_cosine(ref_emb)).clamp_min(0)
+        distances = squared_distances(similarities)
+        ref_distances = None if ref_emb is None else squared_distances(pairwise_cosine(ref_emb))
         context = contextual_similarity(distances, ref_distances, num_neighbors=k, slack=slack)
         radius, _ = knn_radii(distances, k, slack)
         positives, negatives = lmu.get_matches_and_diffs(labels, ref_labels)

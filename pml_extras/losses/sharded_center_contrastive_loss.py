@@ -111,7 +111,7 @@ class ShardedCenterContrastiveLoss(BaseCenterContrastiveLoss):
         super().__init__(num_classes, embedding_size, **kwargs)
         if self.weight_regularizer is not None:
             raise ValueError("weight_regularizer is not supported with sharded centers")
-        self.device_mesh = _all_ranks() if device_mesh is None else device_mesh
+        self.device_mesh = _default_mesh() if device_mesh is None else device_mesh
         if self.device_mesh.ndim != 1:
             raise ValueError(
                 f"device_mesh must have one dimension, got shape {tuple(self.device_mesh.shape)}"
@@ -177,7 +177,7 @@ class ShardedCenterContrastiveLoss(BaseCenterContrastiveLoss):
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
     ) -> Tensor:
-        headers = self._exchange(
+        headers = self._gather_headers(
             lambda: self._batch_header(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         )
         assert labels is not None  # or this rank would have raised
@@ -249,7 +249,7 @@ class ShardedCenterContrastiveLoss(BaseCenterContrastiveLoss):
         All ranks call it together. It has no gradient, and on each rank it takes the memory of the
         logits of all ranks' rows with all classes.
         """
-        headers = self._exchange(lambda: self._rows_header(embeddings))
+        headers = self._gather_headers(lambda: self._rows_header(embeddings))
         logits = self.scale * self._cosines(self._gather(embeddings, headers), slice(None))
         all_logits = gather_rows(logits.T, self.shard_sizes, self.group).T
         return all_logits.split_with_sizes([header.num_rows for header in headers])[self.rank]
@@ -286,7 +286,7 @@ class ShardedCenterContrastiveLoss(BaseCenterContrastiveLoss):
 
     # ---- Before its collectives, a forward pass compares the ranks' inputs.
 
-    def _exchange(self, make_header: Callable[[], RankHeader]) -> list[RankHeader]:
+    def _gather_headers(self, make_header: Callable[[], RankHeader]) -> list[RankHeader]:
         """The results of ``make_header`` on all ranks. If one rank raises, all ranks raise."""
         error, header = None, None
         try:
@@ -374,7 +374,7 @@ def _local(tensor: Tensor) -> Tensor:
     return local
 
 
-def _all_ranks() -> DeviceMesh:
+def _default_mesh() -> DeviceMesh:
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
             "sharded centers need a process group: start with torchrun and call"

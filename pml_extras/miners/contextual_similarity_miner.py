@@ -17,8 +17,9 @@ class ContextualSimilarityMiner(HyperparametersMixin, BaseMiner):
     hard if its S is below that of the anchor's most similar negative plus a margin; a negative pair
     if its S is above that of the least similar positive minus the margin. The neighbors also vote
     on each sample's label, weighted by S. A positive pair is dropped if one of its samples is
-    outvoted, a negative pair if it has more S than its samples' own classes get of the vote. See
-    :func:`pml_extras.functional.contextual_pairs` for the rules.
+    outvoted and its S is at most 0.25. A negative pair is dropped if its S exceeds the smaller of
+    the fractions of the vote for its samples' own classes. An anchor that would lose all its pairs
+    keeps them. See :func:`pml_extras.functional.contextual_pairs` for the rules.
 
     Args:
         num_neighbors: k >= 1, including the sample itself; clamped to the number of references.

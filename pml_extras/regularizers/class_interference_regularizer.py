@@ -12,6 +12,7 @@ from .._component import (
     check_class_labels,
     check_count,
     check_embeddings,
+    check_range,
     require,
 )
 from ..functional import class_interference, moving_class_means
@@ -98,8 +99,7 @@ class ClassInterferenceRegularizer(HyperparametersMixin, BaseRegularizer):
         check_count("num_classes", num_classes, least=2)
         check_count("embedding_size", embedding_size)
         require(0 <= strength < 0.5, "strength", "lie in [0, 0.5)", strength)
-        require(0 <= probability <= 1, "probability", "lie in [0, 1]", probability)
-        require(0 <= momentum <= 1, "momentum", "lie in [0, 1]", momentum)
+        check_range(0, 1, probability=probability, momentum=momentum)
         super().__init__(**kwargs)
         self.num_classes = num_classes
         self.embedding_size = embedding_size

@@ -34,9 +34,7 @@ FUNCTIONS = {
         f.contextual_loss(x, y, implementation="reference").contextual
     ),
     "contrastive_term": lambda x, c, y: f.contextual_loss(x, y).contrastive,
-    "mean_similarity_term": lambda x, c, y: (
-        f.contextual_loss(x, y, c, torch.arange(C)).mean_similarity
-    ),
+    "mean_similarity_term": lambda x, c, y: f.contextual_loss(x, y, c, torch.arange(C)).similarity,
     "listwise_kl": lambda x, c, y: f.listwise_kl(x, x.relu(), temperature=0.5, include_self=False),
     "class_interference": interference,
     "moving_class_means": lambda x, c, y: f.moving_class_means(

@@ -42,7 +42,7 @@ def test_golden(contextual_case, relative_error, implementation):
     for name, term in {
         "contextual": terms.contextual.mean(),
         "contrastive": terms.contrastive.mean(),
-        "mean_similarity": terms.mean_similarity,
+        "mean_similarity": terms.similarity,
     }.items():
         assert relative_error(term, case[f"{name}_loss"]) < 1e-4
         actual = torch.autograd.grad(term, x, retain_graph=True)[0]
@@ -78,7 +78,7 @@ def test_contrastive_term_is_pmls_contrastive_loss(margins, implementation, rela
 def test_mean_similarity_is_over_all_pairs_and_self_pairs():
     x, labels = torch.randn(9, 4, dtype=torch.float64), torch.arange(9)
     mean = (normalize(x) @ normalize(x).T).mean()
-    loss = contextual_loss(x, labels, target_similarity=0.3).mean_similarity
+    loss = contextual_loss(x, labels, target_similarity=0.3).similarity
     assert float(loss) == pytest.approx(float((mean - 0.3) ** 2), rel=1e-12)
 
 
@@ -86,7 +86,7 @@ def test_mean_similarity_is_over_all_pairs_and_self_pairs():
 def test_gradcheck_of_the_smooth_terms(implementation):
     x, labels = torch.randn(7, 3, dtype=torch.float64, requires_grad=True), torch.arange(7) % 2
     loss = functools.partial(contextual_loss, labels=labels, implementation=implementation)
-    assert torch.autograd.gradcheck(lambda x: loss(x).mean_similarity, x)
+    assert torch.autograd.gradcheck(lambda x: loss(x).similarity, x)
     assert torch.autograd.gradcheck(lambda x: loss(x).contrastive, x)
     assert loss(x).contextual.ge(0).all()
 
@@ -162,4 +162,4 @@ def test_an_empty_batch_has_empty_losses(implementation):
     x, labels = torch.empty(0, 3, requires_grad=True), torch.empty(0).long()
     terms = contextual_loss(x, labels, implementation=implementation)
     assert terms.contextual.shape == terms.contrastive.shape == (0,)
-    assert terms.mean_similarity == 0
+    assert terms.similarity == 0

@@ -79,7 +79,9 @@ def test_the_reference_index():
     cosine = pairwise_cosine(references)
     assert torch.equal(index.neighbors, cosine.topk(6).indices)
     assert torch.equal(index.neighbors[:, 0], torch.arange(40))
-    assert torch.allclose(index.similarity, cosine.gather(1, index.neighbors), atol=1e-6)
+    assert torch.allclose(
+        index.candidate_similarity[:, :6], cosine.gather(1, index.neighbors), atol=1e-6
+    )
     first = index.neighbors[:, :3].tolist()
     for i in range(40):
         assert index.is_reciprocal_half[i].tolist() == [i in first[j] for j in first[i]]

@@ -103,7 +103,7 @@ def test_an_empty_batch_is_zero():
 def test_too_many_neighbours_are_clamped_with_one_warning(batch):
     loss_func = ContextualLoss(num_neighbors=4)
     x, labels = torch.randn(3, 5), torch.tensor([0, 0, 1])
-    with pytest.warns(UserWarning, match="num_neighbors=4 is clamped: the batch holds 3"):
+    with pytest.warns(UserWarning, match="num_neighbors=4 is clamped to 3 samples"):
         clamped = loss_func(x, labels)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,6 +1,5 @@
-"""Fast and memory-saving implementations behind :mod:`pml_extras.functional`.
+"""Machinery behind :mod:`pml_extras.functional`.
 
-Hand-written derivatives, chunking, sparse matrices and autocast live here. Every kernel computes
-the same as a plain function of the parent package; nobody needs to open this package to understand
-a method.
+Hand-written derivatives, chunking, sparse matrices and autocast. Every kernel computes the same as
+plain autograd in the parent package, which shows the equations.
 """

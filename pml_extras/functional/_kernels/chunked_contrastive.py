@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .chunks import row_chunks
-from .precision import disable_autocast
+from .precision import kernel_backward
 
 CHUNK_NUMEL = 1 << 21  # similarities computed at a time
 
@@ -37,6 +37,7 @@ class _ChunkedContrastiveTerm(torch.autograd.Function):
             pos_excess = excess * same_class
             pos_sums[rows] = pos_excess.sum(1)
             neg_sums[rows] = excess.sum(1) - pos_sums[rows]
+            # Without active negatives both sums are equal, so the difference is exactly 0.
             num_pos_active = pos_excess.count_nonzero()
             num_active += torch.stack([num_pos_active, excess.count_nonzero() - num_pos_active])
         # Each of the two means is divided among the anchors, times N.
@@ -46,13 +47,8 @@ class _ChunkedContrastiveTerm(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @disable_autocast
+    @kernel_backward
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the chunked contrastive term cannot be differentiated twice:"
-                ' use implementation="reference"'
-            )
         x, labels, factors = ctx.saved_tensors
         n = len(x)
         grad_x = torch.empty_like(x)

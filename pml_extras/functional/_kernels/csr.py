@@ -50,25 +50,16 @@ class SparseMatrix(NamedTuple):
         return self.values.new_zeros(self.n).index_add_(0, self.rows, self.values)
 
 
-def same_class_matrix(class_indices: Tensor, value: Tensor) -> SparseMatrix:
-    """The matrix with ``value`` where two samples are of one class; classes are 0, 1, ..."""
-    n = len(class_indices)
-    order = class_indices.argsort()
-    sizes = torch.bincount(class_indices)
-    first = sizes.cumsum(0) - sizes
-    rows, position = repeat_arange(first[class_indices], sizes[class_indices])
-    keys = (rows * n + order[position]).sort().values
-    return SparseMatrix(keys // n, keys % n, value.expand(len(keys)), n)
-
-
-def repeat_arange(first: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """Concatenates arange(f, f + s) for each f of ``first`` and s of ``sizes``.
-
-    Returns the index of each number's range, and the numbers.
-    """
-    index = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
-    start = first - (sizes.cumsum(0) - sizes)
-    return index, start[index] + torch.arange(len(index), device=sizes.device)
+def same_class_matrix(class_index: Tensor, values: Tensor) -> SparseMatrix:
+    """The matrix with a value per sample, (n,), in its row's entries of the same class."""
+    n, sizes = len(class_index), torch.bincount(class_index)
+    num_same, first = sizes[class_index], (sizes.cumsum(0) - sizes)[class_index]
+    rows = torch.arange(n, device=sizes.device).repeat_interleave(num_same)
+    # Samples sorted by class: each row takes its class's range of positions.
+    starts = first - (num_same.cumsum(0) - num_same)
+    position = starts[rows] + torch.arange(len(rows), device=sizes.device)
+    cols = class_index.argsort(stable=True)[position]
+    return SparseMatrix(rows, cols, values[rows], n)
 
 
 def _sorted(rows: Tensor, cols: Tensor, values: Tensor, n: int) -> SparseMatrix:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from .chunks import row_chunks
-from .precision import disable_autocast
+from .precision import kernel_backward
 
 CHUNK_NUMEL = 1 << 21  # logits computed at a time: enough for a fast product, few enough for caches
 MAX_SAVED_LOGITS = 1 << 24  # exponentials saved for backward; the rest are recomputed
@@ -77,13 +77,8 @@ class _ChunkedNegativeLogSumExp(torch.autograd.Function):
         return negative_lse.squeeze(1), target_logit.squeeze(1) / scale
 
     @staticmethod
-    @disable_autocast
+    @kernel_backward
     def backward(ctx: Any, grad_lse: Tensor, grad_target: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the chunked log-sum-exp cannot be differentiated twice:"
-                ' use implementation="reference"'
-            )
         centers, labels, class_mask, is_local, *saved = ctx.saved_tensors
         x, x_norms, negative_lse, mean_center, target_center, *saved = saved
         grad_lse, grad_target = ctx.scale * grad_lse[:, None], grad_target[:, None]  # (N, 1)

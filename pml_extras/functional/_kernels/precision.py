@@ -25,6 +25,22 @@ def disable_autocast(function: Callable[P, T]) -> Callable[P, T]:
     return wrapper
 
 
+def kernel_backward(function: Callable[P, T]) -> Callable[P, T]:
+    """For hand-written backwards: they ignore autocast, as forward does inside
+    :func:`full_precision`, and refuse to be differentiated."""
+
+    @functools.wraps(function)
+    @disable_autocast
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                'this implementation cannot be differentiated twice: use implementation="reference"'
+            )
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
 def full_precision(function: Callable[P, T]) -> Callable[P, T]:
     """Run ``function`` without autocast, with all floating tensors in their widest dtype.
 

@@ -32,10 +32,10 @@ def row_hashes(x: Tensor) -> Tensor:
     """(N,) int64: a hash of the bits of each row of (N, D) floats."""
     bits = x.detach().contiguous()
     bits = bits.view(torch.int64 if x.dtype == torch.float64 else torch.int32)
-    # splitmix64 of each value and its column, summed. Without mixing, two changes of sign, which is
-    # the highest bit, would cancel.
+    # Each value is mixed with its column, as in splitmix64, and the row is summed. Without mixing,
+    # two changes of sign, which is the highest bit, would cancel.
     column = torch.arange(x.shape[1], device=x.device)
-    mixed = bits.long() + (column + 1) * -7046029254386353131
-    for odd in (-4658895280553007687, -7723592293110705685):
+    mixed = bits.long() + (column + 1) * -0x61C8864680B583EB
+    for odd in (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15):
         mixed = (mixed ^ (mixed >> 31)) * odd
     return (mixed ^ (mixed >> 31)).sum(1)

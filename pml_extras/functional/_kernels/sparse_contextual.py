@@ -10,10 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._neighborhoods import STEP_SLOPE, knn_radii, neighborhood_overlap, self_nearest
+from .._neighborhoods import (
+    STEP_SLOPE,
+    knn_radii,
+    neighborhood_overlap,
+    self_nearest,
+    squared_distances,
+)
 from .chunks import IndexBuffer, row_chunks
-from .csr import SparseMatrix, repeat_arange, same_class_matrix
-from .precision import disable_autocast
+from .csr import SparseMatrix, same_class_matrix
+from .precision import kernel_backward
 
 CHUNK_NUMEL = 1 << 21  # distances computed at a time
 # Sparse products are faster on CPU cores if a batch is this many times larger than a neighborhood.
@@ -65,7 +71,7 @@ def prefers_sparse(
 
 
 def squared_distance_rows(normalized: Tensor) -> DistanceRows:
-    return lambda rows: (2 - 2 * (normalized[rows] @ normalized.T)).clamp_min_(0)
+    return lambda rows: squared_distances(normalized[rows] @ normalized.T)
 
 
 class SparseContextualSimilarity:
@@ -76,8 +82,7 @@ class SparseContextualSimilarity:
 
     def __init__(self, distance_rows: DistanceRows, num_neighbors: int, samples: Tensor) -> None:
         knn_mask, in_half = _neighborhoods(distance_rows, num_neighbors, 0.0, samples)
-        num_shared = _count_shared(knn_mask)
-        _, reciprocal, weights = _factors(knn_mask, in_half, knn_mask.row_sums(), num_shared)
+        _, _, reciprocal, weights = _factors(knn_mask, in_half)
         self._mean_weights, self._weights = _row_normalized(reciprocal), weights  # R / r, W
         self._mean_weights_t, self._weights_t = self._mean_weights.transpose(), weights.transpose()
         self._similarity: SparseMatrix | None = None
@@ -117,45 +122,24 @@ def _neighborhoods(
         radius, half_radius = knn_radii(distances, num_neighbors, slack)
         i, j = (distances <= radius).nonzero(as_tuple=True)
         in_half = distances[i, j] <= half_radius[i, 0]
-        found.append(((i + rows.start) * n + j) * 2 + in_half)
+        found.append(((i + rows.start) * n + j) * 2 + in_half)  # packed into one integer
     keys, in_half = found.result() // 2, found.result() % 2 == 1
     ones = torch.ones(len(keys), dtype=distances.dtype, device=device)
     return SparseMatrix(keys // n, keys % n, ones, n), in_half
 
 
-def _count_shared(knn_mask: SparseMatrix) -> Tensor:
-    """The entries of M M^T at the entries of M, without the rest of the product."""
-    n, rows, cols = knn_mask.n, knn_mask.rows, knn_mask.cols
-    sizes = torch.bincount(rows, minlength=n)
-    first = sizes.cumsum(0) - sizes
-    counts = torch.empty_like(knn_mask.values)
-    start = 0
-    for chunk in row_chunks(n, n, CHUNK_NUMEL):
-        i, j, _ = knn_mask.entries(chunk)
-        is_neighbor = torch.zeros(chunk.stop - chunk.start, n, dtype=torch.bool, device=rows.device)
-        is_neighbor[i, j] = True
-        # Among duplicates, neighborhoods can be as large as the batch.
-        largest = max(sizes[j].tolist(), default=1)
-        for part in row_chunks(len(i), largest, CHUNK_NUMEL):
-            pair, position = repeat_arange(first[j[part]], sizes[j[part]])
-            shared = is_neighbor.view(-1)[i[part][pair] * n + cols[position]].to(counts)
-            total = counts.new_zeros(part.stop - part.start).index_add_(0, pair, shared)
-            counts[start + part.start : start + part.stop] = total
-        start += len(i)
-    return counts
-
-
 def _factors(
-    knn_mask: SparseMatrix, in_half: Tensor, size: Tensor, num_shared: Tensor
-) -> tuple[SparseMatrix, SparseMatrix, SparseMatrix]:
-    """M', R and W, from M, its row sums and the entries of M M^T at those of M."""
-    rows, cols = knn_mask.rows, knn_mask.cols
+    knn_mask: SparseMatrix, in_half: Tensor
+) -> tuple[SparseMatrix, SparseMatrix, SparseMatrix, SparseMatrix]:
+    """M', G = M M^T, R and W, from M."""
+    n, rows, cols = knn_mask.n, knn_mask.rows, knn_mask.cols
     i, j = rows[in_half], cols[in_half]
-    half_knn_mask = SparseMatrix(i, j, knn_mask.values[in_half], knn_mask.n)
+    half_knn_mask = SparseMatrix(i, j, knn_mask.values[in_half], n)
     mutual = half_knn_mask.at(j, i) > 0
-    reciprocal = SparseMatrix(i[mutual], j[mutual], half_knn_mask.values[mutual], knn_mask.n)
-    overlap = neighborhood_overlap(num_shared, size[rows], size[cols], knn_mask.n)
-    return half_knn_mask, reciprocal, knn_mask.with_values(overlap)
+    reciprocal = SparseMatrix(i[mutual], j[mutual], half_knn_mask.values[mutual], n)
+    shared, size = knn_mask @ knn_mask.transpose(), knn_mask.row_sums()
+    overlap = neighborhood_overlap(shared.at(rows, cols), size[rows], size[cols], n)
+    return half_knn_mask, shared, reciprocal, knn_mask.with_values(overlap)
 
 
 def _row_normalized(reciprocal: SparseMatrix) -> SparseMatrix:
@@ -174,51 +158,42 @@ class _SparseContextualTerm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, labels: Tensor, k: int, slack: float) -> Tensor:
         n = len(x)
         knn_mask, in_half = _neighborhoods(squared_distance_rows(x), k, slack, x)
-        shared = knn_mask @ knn_mask.transpose()
-        num_shared = shared.at(knn_mask.rows, knn_mask.cols)
-        half_knn_mask, reciprocal, weights = _factors(
-            knn_mask, in_half, knn_mask.row_sums(), num_shared
-        )
-        similarity = _symmetric_part(_row_normalized(reciprocal) @ weights)
+        half_knn_mask, shared, reciprocal, weights = _factors(knn_mask, in_half)
+        context = _symmetric_part(_row_normalized(reciprocal) @ weights)
 
         # sum_j (S - Y)^2 = sum_j Y^2 + sum over the entries of S of ((S - Y)^2 - Y^2)
         _, class_index, class_sizes = torch.unique(labels, return_inverse=True, return_counts=True)
-        i, j = similarity.rows, similarity.cols
+        i, j = context.rows, context.cols
         same_class = (labels[i] == labels[j]).to(x.dtype)
-        errors = ((similarity.values - same_class).square() - same_class).masked_fill(i == j, 0)
-        losses = similarity.with_values(errors).row_sums() + (class_sizes[class_index] - 1)
+        errors = ((context.values - same_class).square() - same_class).masked_fill(i == j, 0)
+        losses = context.with_values(errors).row_sums() + (class_sizes[class_index] - 1)
 
-        matrices = (knn_mask, half_knn_mask, shared, reciprocal, weights, similarity)
+        matrices = (knn_mask, half_knn_mask, shared, reciprocal, weights, context)
         tensors = [t for m in matrices for t in (m.rows, m.cols, m.values)]
         ctx.save_for_backward(x, class_index, *tensors)
         mean_losses: Tensor = losses / n
         return mean_losses
 
     @staticmethod
-    @disable_autocast
+    @kernel_backward
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the sparse contextual term cannot be differentiated twice:"
-                ' use implementation="reference"'
-            )
         x, class_index, *tensors = ctx.saved_tensors
         n = len(x)
-        knn_mask, half_knn_mask, shared, reciprocal, weights, similarity = (
+        knn_mask, half_knn_mask, shared, reciprocal, weights, context = (
             SparseMatrix(tensors[i], tensors[i + 1], tensors[i + 2], n)
             for i in range(0, len(tensors), 3)
         )
         size, num_reciprocal = knn_mask.row_sums(), reciprocal.row_sums()  # c, r: (N,)
 
         # d(R W) = (g_i + g_j) (S - Y) / (N r_i) off the diagonal, where g is grad_output
-        errors = similarity.plus(same_class_matrix(class_index, x.new_tensor(-1.0)))
+        errors = context.plus(same_class_matrix(class_index, x.new_full((n,), -1.0)))
         i, j = errors.rows, errors.cols
         pair_grads = (grad_output[i] + grad_output[j]) / (n * num_reciprocal[i])
         grad_product = errors.with_values((errors.values * pair_grads).masked_fill(i == j, 0))
 
         # dW = R^T d(R W), and R is symmetric
         grad_weights = reciprocal @ grad_product
-        # dR = d(R W) W^T - rowsum(R * d(R W) W^T) / r
+        # dR = A - rowsum(R * A) / r with A = d(R W) W^T; the second part comes from 1 / r
         grad_reciprocal = grad_product @ weights.transpose()
         i, j = reciprocal.rows, reciprocal.cols
         row_means = reciprocal.with_values(grad_reciprocal.at(i, j)).row_sums() / num_reciprocal
@@ -240,12 +215,12 @@ class _SparseContextualTerm(torch.autograd.Function):
         grad_knn = grad_weights.with_values(grad_weights.values * overlap)
         grad_knn = grad_knn.plus(grad_shared.plus(grad_shared.transpose()) @ knn_mask)
 
-        # The straight-through estimator gives -10 (dM + dM') for D = 2 - 2 s, so 20 for s = x x^T
-        grad_similarity = grad_knn.plus(grad_half_knn.transpose())
-        i, j = grad_similarity.rows, grad_similarity.cols
-        grad_similarity = grad_similarity.with_values(grad_similarity.values.masked_fill(i == j, 0))
-        grad_x = grad_similarity.plus(grad_similarity.transpose()).matmul_dense(x)
+        # ds = -2 slope (dM + dM') for D = 2 - 2 s, without gradient on the diagonal
+        grad_cosine = grad_knn.plus(grad_half_knn.transpose())
+        i, j = grad_cosine.rows, grad_cosine.cols
+        grad_cosine = grad_cosine.with_values(grad_cosine.values.masked_fill(i == j, 0))
+        grad_x = grad_cosine.plus(grad_cosine.transpose()).matmul_dense(x)
         # dc_i is the same in all of row i off the diagonal: its product with x needs no matrix
         grad_x += grad_size[:, None] * (x.sum(0) - x)
         grad_x += grad_size @ x - grad_size[:, None] * x
-        return 2 * STEP_SLOPE * grad_x, None, None, None
+        return -2 * STEP_SLOPE * grad_x, None, None, None
