@@ -7,6 +7,7 @@ import torch
 from pytorch_metric_learning.distances import CosineSimilarity
 from pytorch_metric_learning.losses import BaseMetricLossFunction, WeightRegularizerMixin
 from pytorch_metric_learning.utils import common_functions as c_f
+from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
 from .._component import (
@@ -83,10 +84,6 @@ class BaseCenterContrastiveLoss(
         """(N,), before sample weights."""
 
     @abstractmethod
-    def _sample_weights(self, indices_tuple: Any, labels: Tensor, dtype: torch.dtype) -> Tensor:
-        """(N,) in [0, 1]: how often a miner's tuple has each sample."""
-
-    @abstractmethod
     def _set_stats(self, embeddings: Tensor, labels: Tensor) -> None:
         """Set the statistics for the log."""
 
@@ -108,7 +105,7 @@ class BaseCenterContrastiveLoss(
             return self.zero_losses()
         # Before any state changes, because a wrong tuple raises here.
         dtype = torch.promote_types(embeddings.dtype, self.centers.dtype)
-        weights = self._sample_weights(indices_tuple, labels, dtype)
+        weights = lmu.convert_to_weights(indices_tuple, labels, dtype=dtype)
         if updates_centers:
             self.update_centers(embeddings, labels)
         losses = self._sample_losses(embeddings, labels) * weights

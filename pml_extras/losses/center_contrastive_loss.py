@@ -1,9 +1,6 @@
 """Center Contrastive Loss (arXiv 2308.00458)."""
 
-from typing import Any
-
 import torch
-from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -113,9 +110,6 @@ class CenterContrastiveLoss(BaseCenterContrastiveLoss):
             label_smoothing=self.label_smoothing,
             class_mask=self.class_counts > 0 if self.uses_ema else None,
         )
-
-    def _sample_weights(self, indices_tuple: Any, labels: Tensor, dtype: torch.dtype) -> Tensor:
-        return lmu.convert_to_weights(indices_tuple, labels, dtype=dtype)
 
     @torch.no_grad()
     def update_centers(self, embeddings: Tensor, labels: Tensor) -> None:

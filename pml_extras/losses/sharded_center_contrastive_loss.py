@@ -188,19 +188,11 @@ class ShardedCenterContrastiveLoss(BaseCenterContrastiveLoss):
                 "all ranks have the same batch: give each rank its own part, and use no"
                 " DistributedLossWrapper, because this loss gathers the parts itself"
             )
-        for rank, header in enumerate(headers):
-            if header.largest_index >= sum(sizes):
-                raise ValueError(
-                    f"indices_tuple must lie in [0, {sum(sizes)}), the samples of all ranks,"
-                    f" got {header.largest_index} on rank {rank}"
-                )
         # From here on, every rank computes the same on the whole batch, in the order of the ranks.
         embeddings = self._gather(embeddings, headers)
         labels = gather_rows(labels.to(embeddings.device).long(), sizes, self.group)
         if indices_tuple is not None:
-            order = list(torch.arange(sum(sizes), device=embeddings.device).split_with_sizes(sizes))
-            own_rank_first = torch.cat([order.pop(self.rank), *order])
-            indices_tuple = tuple(own_rank_first[i.to(embeddings.device)] for i in indices_tuple)
+            indices_tuple = _whole_batch_tuple(headers, embeddings.device)
         return super().forward(embeddings, labels, indices_tuple)
 
     def _sample_losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
@@ -216,15 +208,6 @@ class ShardedCenterContrastiveLoss(BaseCenterContrastiveLoss):
             class_mask=self._class_mask,
             group=self.group,
         )
-
-    def _sample_weights(self, indices_tuple: Any, labels: Tensor, dtype: torch.dtype) -> Tensor:
-        if indices_tuple is None:
-            return torch.ones(len(labels), dtype=dtype, device=labels.device)
-        counts = torch.bincount(torch.cat(indices_tuple), minlength=len(labels))
-        counts = all_reduce(counts, "sum", self.group)
-        # As in PML, an empty tuple means all samples.
-        counts = torch.where(counts.any(), counts, 1)
-        return counts.to(dtype) / counts.max()
 
     @torch.no_grad()
     def update_centers(self, embeddings: Tensor, labels: Tensor) -> None:
@@ -319,19 +302,13 @@ class ShardedCenterContrastiveLoss(BaseCenterContrastiveLoss):
         c_f.check_shapes(embeddings, labels)
         if ref_emb is not None or ref_labels is not None:
             raise ValueError("ref_emb is not supported for this loss function")
-        header = self._rows_header(embeddings)
-        header.modes["whether there is an indices_tuple"] = indices_tuple is not None
-        header = header._replace(
-            batch_hash=int(batch_hash(embeddings, labels.to(embeddings.device)))
+        header = self._rows_header(embeddings, has_indices_tuple=indices_tuple is not None)
+        return header._replace(
+            batch_hash=int(batch_hash(embeddings, labels.to(embeddings.device))),
+            indices=tuple(i.cpu() for i in indices_tuple or ()),
         )
-        if indices_tuple is None or sum(map(len, indices_tuple)) == 0:
-            return header
-        smallest, largest = (int(i) for i in torch.cat(indices_tuple).aminmax())
-        if smallest < 0:
-            raise ValueError(f"indices_tuple must not be negative, got {smallest}")
-        return header._replace(largest_index=largest)
 
-    def _rows_header(self, embeddings: Tensor) -> RankHeader:
+    def _rows_header(self, embeddings: Tensor, has_indices_tuple: bool = False) -> RankHeader:
         check_embeddings(embeddings, self.embedding_size)
         if embeddings.device.type != self.device_mesh.device_type:
             raise ValueError(
@@ -342,6 +319,7 @@ class ShardedCenterContrastiveLoss(BaseCenterContrastiveLoss):
             "torch.is_grad_enabled()": torch.is_grad_enabled(),
             "training mode": self.training,
             "collect_stats": self.collect_stats,
+            "whether there is an indices_tuple": has_indices_tuple,
         }
         return RankHeader(len(embeddings), embeddings.dtype, embeddings.requires_grad, modes)
 
@@ -365,7 +343,25 @@ class RankHeader(NamedTuple):
     requires_grad: bool
     modes: dict[str, bool]  # which decide what collectives follow
     batch_hash: int = 0
-    largest_index: int = -1
+    indices: tuple[Tensor, ...] = ()  # of a miner, this rank's samples first
+
+
+def _whole_batch_tuple(headers: list[RankHeader], device: torch.device) -> tuple[Tensor, ...]:
+    """The tuples of all ranks, with the samples numbered in the order of the ranks."""
+    sizes = [header.num_rows for header in headers]
+    ranges = torch.arange(sum(sizes)).split_with_sizes(sizes)
+    whole: list[Tensor] = []
+    for rank, header in enumerate(headers):
+        numbers = torch.cat([ranges[rank], *ranges[:rank], *ranges[rank + 1 :]])
+        for indices in header.indices:
+            wrong = indices[(indices < 0) | (indices >= len(numbers))]
+            if len(wrong) > 0:
+                raise ValueError(
+                    f"indices_tuple must lie in [0, {len(numbers)}), the samples of all ranks,"
+                    f" got {int(wrong[0])} on rank {rank}"
+                )
+            whole.append(numbers[indices].to(device))
+    return tuple(whole)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -507,11 +507,11 @@ BAD_INPUTS = {
     "nothing": "'NoneType' object has no attribute",
     "device": "embeddings must be on cpu, as the centers are, got meta",
     "references": "ref_emb is not supported",
-    "negative index": "indices_tuple must not be negative, got -1",
     "efficient wrapper": "ref_emb is not supported",
     "logits": rf"embeddings must have shape \(batch_size, {D}\), got \(8, 3\)",
 }
 DISAGREEMENTS = {
+    "negative index": rf"indices_tuple must lie in \[0, {N}\).* got -1 on rank 1$",
     "index": rf"indices_tuple must lie in \[0, {N}\).* got {N} on rank 1$",
     "mined": r"whether there is an indices_tuple must be the same.* \[False, True\]$",
     "same batch": "all ranks have the same batch",
