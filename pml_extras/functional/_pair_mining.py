@@ -2,19 +2,16 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._contextual import contextual_similarity, contextual_similarity_matrix
 from ._cosine import pairwise_cosine
-from ._kernels.chunks import IndexBuffer, row_chunks
 from ._kernels.precision import full_precision
-from ._kernels.self_matches import row_hashes
-from ._label_vote import WeightedLabelVote, weighted_label_vote
+from ._kernels.self_matches import self_match_mask
+from ._label_vote import weighted_label_vote
 
-CHUNK_NUMEL = 1 << 21  # pairs examined at a time
 SURE_POSITIVE = 0.25  # a positive pair with more contextual similarity is kept whatever the vote
 
 
@@ -46,10 +43,6 @@ def contextual_pairs(
       negative, a negative nearer than its farthest positive. Both samples must be probably clean,
       because distances to a mislabeled sample mislead too.
 
-    Anchors are processed in chunks. Within a large batch no N x N matrix is made, unless
-    neighborhoods are a large part of it (for example of equal embeddings). With references, an
-    R x R matrix is made.
-
     Args:
         embeddings: (N, D), the anchors.
         labels: (N,).
@@ -77,83 +70,42 @@ def contextual_pairs(
         (tensor([0, 1, 2, 3]), tensor([1, 0, 3, 2]))
     """
     if (ref_emb is None) != (ref_labels is None):
-        raise ValueError("ref_labels are required with ref_emb")
+        raise ValueError("ref_emb and ref_labels are required together")
     if len(embeddings) == 0 or (ref_emb is not None and len(ref_emb) == 0):
         empty = labels.new_empty(4, 0, dtype=torch.long)
         return empty[0], empty[1], empty[2], empty[3]
     # A sample that is not finite is nobody's neighbor. Not infinity, because inf - inf is NaN.
     not_finite = torch.finfo(embeddings.dtype).max
 
-    def distances(x: Tensor, y: Tensor) -> Tensor:
+    def distances_between(x: Tensor, y: Tensor) -> Tensor:
         found = -pairwise_cosine(x, y) if distance is None else distance(x, y)
         return found.to(embeddings.dtype).masked_fill(~found.isfinite(), not_finite)
 
     ref_context = None
     if ref_emb is None or ref_labels is None:
-        ref_emb, ref_labels = embeddings, labels
-        sample_ids = ref_ids = torch.arange(len(embeddings), device=embeddings.device)
+        ref_labels = labels
+        distances = distances_between(embeddings, embeddings)
         context = contextual_similarity_matrix(
-            lambda rows: distances(embeddings[rows], embeddings),
-            embeddings,
-            num_neighbors=num_neighbors,
-        )
+            distances.__getitem__, embeddings, num_neighbors=num_neighbors
+        )[slice(0, len(embeddings))]
+        is_self = torch.eye(len(embeddings), dtype=torch.bool, device=embeddings.device)
     else:
-        sample_ids, ref_ids = row_hashes(embeddings), row_hashes(ref_emb)
-        ref_distances = distances(ref_emb, ref_emb)
         similarity = functools.partial(
             contextual_similarity, num_neighbors=num_neighbors, slack=0.0
         )
+        ref_distances = distances_between(ref_emb, ref_emb)
         ref_context = similarity(ref_distances).fill_diagonal_(0)
-        context = similarity(distances(embeddings, ref_emb), ref_distances)
+        distances = distances_between(embeddings, ref_emb)
+        context = similarity(distances, ref_distances)
+        is_self = self_match_mask(embeddings, ref_emb)
 
-    def pairs_for(rows: slice) -> Pairs:
-        chunk_distances = distances(embeddings[rows], ref_emb)
-        valid = (sample_ids[rows, None] != ref_ids) & (chunk_distances < not_finite)
-        return Pairs(chunk_distances, context[rows], labels[rows, None] == ref_labels, valid)
-
-    num_refs = len(ref_emb)
-    chunks = row_chunks(len(embeddings), num_refs, CHUNK_NUMEL)
-    vote = ref_vote = None
+    valid = ~is_self & (distances < not_finite)  # (N, R)
+    same_class = labels[:, None] == ref_labels
+    kept = both_clean = valid
     if filter_noise:
-        votes = []
-        for rows in chunks:
-            pairs = pairs_for(rows)
-            weights = pairs.context.masked_fill(~pairs.valid, 0)
-            votes.append(weighted_label_vote(weights, labels[rows], ref_labels))
-        vote = ref_vote = WeightedLabelVote(*(torch.cat(part) for part in zip(*votes, strict=True)))
+        vote = ref_vote = weighted_label_vote(context.masked_fill(~valid, 0), labels, ref_labels)
         if ref_context is not None:
             ref_vote = weighted_label_vote(ref_context, ref_labels, ref_labels)
-
-    positives, negatives = (IndexBuffer(4 * len(embeddings), embeddings.device) for _ in range(2))
-    for rows in chunks:
-        chunk_vote = None if vote is None else WeightedLabelVote(*(part[rows] for part in vote))
-        hard = _hard_pairs(pairs_for(rows), chunk_vote, ref_vote, margin)
-        for buffer, mask in zip((positives, negatives), hard, strict=True):
-            buffer.append(mask.view(-1).nonzero().squeeze(1) + rows.start * num_refs)
-    p, n = positives.result(), negatives.result()
-    return p // num_refs, p % num_refs, n // num_refs, n % num_refs
-
-
-class Pairs(NamedTuple):
-    """Pairs of B anchors with R references, (B, R) each."""
-
-    distances: Tensor
-    context: Tensor
-    same_class: Tensor
-    valid: Tensor
-    """Bool: both samples are finite and they are not the same sample."""
-
-
-def _hard_pairs(
-    pairs: Pairs,
-    vote: WeightedLabelVote | None,
-    ref_vote: WeightedLabelVote | None,
-    margin: float,
-) -> tuple[Tensor, Tensor]:
-    """(B, R) bool, twice: the positive and the negative pairs to keep. Without votes, all count."""
-    distances, context, same_class, valid = pairs
-    both_clean = kept = valid
-    if vote is not None and ref_vote is not None:
         both_clean = vote.is_plurality[:, None] & ref_vote.is_plurality
         probably_clean = valid & torch.where(
             same_class,
@@ -171,15 +123,16 @@ def _hard_pairs(
     nearest_negative = distances.masked_fill(~negatives, inf).amin(1, keepdim=True)
     farthest_positive = distances.masked_fill(~positives, -inf).amax(1, keepdim=True)
     has_context = context > 0
-    distance_decides = ~has_context & both_clean
     hard_positives = (
         positives
         & (context < most_similar_negative + margin)
-        & (has_context | (distance_decides & (distances > nearest_negative)))
+        & (has_context | (both_clean & (distances > nearest_negative)))
     )
     hard_negatives = (
         negatives
         & (context > least_similar_positive - margin)
-        & (has_context | (distance_decides & (distances < farthest_positive)))
+        & (has_context | (both_clean & (distances < farthest_positive)))
     )
-    return hard_positives, hard_negatives
+    a1, p = hard_positives.nonzero(as_tuple=True)
+    a2, n = hard_negatives.nonzero(as_tuple=True)
+    return a1, p, a2, n

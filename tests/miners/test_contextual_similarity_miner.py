@@ -12,7 +12,7 @@ from pytorch_metric_learning.losses import ContrastiveLoss, CrossBatchMemory
 from pytorch_metric_learning.miners import MultiSimilarityMiner
 from torch.nn.functional import normalize
 
-from pml_extras.functional import _pair_mining, contextual_similarity, weighted_label_vote
+from pml_extras.functional import contextual_similarity, weighted_label_vote
 from pml_extras.functional._kernels import sparse_contextual
 from pml_extras.miners import ContextualSimilarityMiner
 
@@ -243,7 +243,6 @@ def test_a_row_that_is_not_finite_takes_no_others_with_it(distance, bad):
 def test_large_batches_use_sparse_matrices_with_the_same_pairs(filter_noise, monkeypatch):
     x, _, labels = mixture(num_classes=75, per_class=8)
     miner = ContextualSimilarityMiner(filter_noise=filter_noise)
-    monkeypatch.setattr(_pair_mining, "CHUNK_NUMEL", 7 * len(x))
     monkeypatch.setattr(sparse_contextual, "CHUNK_NUMEL", 7 * len(x))
     normalized = normalize(x)
     assert sparse_contextual.prefers_sparse(
