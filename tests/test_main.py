@@ -1,4 +1,4 @@
-"""``python -m pml_extras``, and that importing the package loads nothing heavy."""
+"""``python -m pml_extras`` reports versions, and importing the package loads nothing heavy."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 import pml_extras
 
 
-def python(*arguments: str) -> str:
+def run_python(*arguments: str) -> str:
     command = [sys.executable, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def test_reports_what_is_installed():
-    report = dict(line.split(maxsplit=1) for line in python("-m", "pml_extras").splitlines())
+def test_reports_installed_versions_and_devices():
+    report = dict(line.split(maxsplit=1) for line in run_python("-m", "pml_extras").splitlines())
     assert report["pml_extras"] == pml_extras.__version__
     for package in ("pytorch-metric-learning", "numpy"):
         assert report[package] == f"{metadata.version(package)} ({package})"
@@ -27,21 +27,22 @@ def test_reports_what_is_installed():
     assert len(report["devices"].split(", ")) == 1 + torch.cuda.device_count()
 
 
-def test_says_where_faiss_comes_from_or_that_there_is_none(monkeypatch):
+def test_reports_which_package_provides_faiss(monkeypatch):
     from pml_extras.__main__ import report
 
     def version(package: str) -> str:
-        if package in there:
-            return there[package]
+        if package in installed:
+            return installed[package]
         raise metadata.PackageNotFoundError(package)
 
     monkeypatch.setattr(metadata, "version", version)
-    there = {"faiss-gpu": "1.9"}
+    installed = {"faiss-gpu": "1.9"}
     assert report()["faiss"] == "1.9 (faiss-gpu)"
-    there = {}
+    installed = {}
     assert report()["faiss"] == "not installed"
 
 
-def test_import_is_light():
+def test_importing_the_package_loads_nothing_heavy():
     heavy = "{'torch', 'numpy', 'faiss', 'sklearn', 'matplotlib', 'pytorch_metric_learning'}"
-    assert python("-c", f"import sys, pml_extras; print({heavy} & set(sys.modules))") == "set()\n"
+    code = f"import sys, pml_extras; print({heavy} & set(sys.modules))"
+    assert run_python("-c", code) == "set()\n"
