@@ -90,7 +90,7 @@ def test_writes_a_csv_table(labels, tmp_path):
 
 
 @pytest.mark.parametrize("hook_result", [None, False])
-def test_the_hook_updates_each_epoch_and_returns_the_next_hooks_result(labels, hook_result):
+def test_the_hook_updates_each_epoch_and_returns_the_result_of_the_next_hook(labels, hook_result):
     dataset = TensorDataset(embeddings(labels), labels)
     detector = LabelNoiseDetector(labels, num_neighbors=8)
     tester = GlobalEmbeddingSpaceTester(dataloader_num_workers=0)

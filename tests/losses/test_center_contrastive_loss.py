@@ -153,7 +153,7 @@ def test_invalid_hyperparameters_are_reported(name, value):
         CenterContrastiveLoss(**{"num_classes": C, "embedding_size": D, name: value})
 
 
-def test_invalid_input_is_refused(batch):
+def test_invalid_input_is_rejected(batch):
     x, labels = batch
     loss_func = CenterContrastiveLoss(C, D)
     with pytest.raises(ValueError, match=r"shape \(batch_size, 5\), got \(24, 4\)"):

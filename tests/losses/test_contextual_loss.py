@@ -115,7 +115,7 @@ def test_clamps_too_many_neighbors_and_warns_once(batch):
         assert expected(x, labels) == clamped
 
 
-def test_warns_once_of_more_neighbors_than_samples_per_class():
+def test_warns_once_about_more_neighbors_than_samples_per_class():
     loss_func = ContextualLoss(num_neighbors=4)
     x, labels = torch.randn(12, 5), torch.arange(12) % 6
     with pytest.warns(UserWarning, match="more than the 2 samples per class"):
@@ -143,7 +143,7 @@ def test_invalid_hyperparameters_are_reported(name, value):
         ContextualLoss(**{name: value})
 
 
-def test_invalid_input_is_refused(batch):
+def test_invalid_input_is_rejected(batch):
     x, _ = batch
     with pytest.raises(ValueError, match="labels are required"):
         ContextualLoss()(x)

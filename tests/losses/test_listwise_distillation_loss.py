@@ -41,7 +41,7 @@ def test_is_zero_when_student_and_teacher_coincide():
     assert x.grad.abs().max() < 1e-6
 
 
-def test_invalid_input_is_refused():
+def test_invalid_input_is_rejected():
     x = torch.randn(8, 4)
     loss_func = ListwiseDistillationLoss()
     with pytest.raises(ValueError, match="teacher's embeddings of the same samples, is required"):

@@ -153,7 +153,7 @@ def test_the_export_has_the_code_style_of_pml(tree, exported):
     run_checked("-m", "isort", "--check", "--profile", "black", *exported, cwd=tree)
 
 
-def test_of_pml_only_exports_and_lists_of_supported_losses_change(original, tree, exported):
+def test_only_exports_and_lists_of_supported_losses_of_pml_change(original, tree, exported):
     assert set(original) <= set(files_of(tree))
     changed = {path for path in original if original[path] != (tree / path).read_bytes()}
     source = f"src/{PML}/"

@@ -74,7 +74,7 @@ def test_backward_can_be_repeated(inputs):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_second_derivatives(inputs, implementation):
+def test_second_derivatives_need_the_reference_implementation(inputs, implementation):
     x, c, labels = inputs
     x = x[:3].detach().requires_grad_()
     if implementation == "chunked":
