@@ -1,21 +1,22 @@
 #!/usr/bin/env python3
-"""Time and memory of the methods, as ratios to plain transcriptions and to PML's own, in one run.
+"""Measures time and memory of the methods, next to plain implementations and losses of PML.
 
-    python benchmarks/speed.py                  # everything, into benchmarks/results/MACHINE.json
+    python benchmarks/speed.py                  # all cases, into benchmarks/results/MACHINE.json
     python benchmarks/speed.py contextual knn   # some cases
     python benchmarks/speed.py --device cuda    # the same on a GPU
     python benchmarks/speed.py --render         # docs/speed.md and its plots
 
-The contenders of a case take turns, so that whatever slows the machine down slows all of them, in
-an order drawn anew each time, so that none always finds what another has left in the caches. What
-is short is repeated within its turn, so that it is not the caches' filling that is measured. The
-figures are medians, with the spread of the middle half. Memory is what a fresh process, which does
-nothing else, needs beyond what it had before the first call.
+The contenders of a case take turns, so that other load on the machine slows all of them. The order
+is random in each round, so that no contender always follows the same one. A short call is repeated
+for a tenth of a second per turn, so that filling the caches has little weight. Times are medians
+with the interquartile range. Memory is the peak of a new process beyond what it uses before the
+call.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import os
@@ -44,19 +45,22 @@ from pml_extras.miners import ContextualSimilarityMiner
 from pml_extras.regularizers import ClassInterferenceRegularizer
 
 RESULTS = Path(__file__).parent / "results"
-TURN = 0.1  # seconds, at least
-Contenders = dict[str, Callable[[], Any]]
+MIN_TURN_SECONDS = 0.1
+Contenders = dict[str, Callable[[], Any]]  # the functions to measure, by name
 
 
-def clustered(n: int, dim: int, per_class: int = 4, noise: float = 0.6) -> Any:
+def clustered(
+    n: int, dim: int, per_class: int = 4, noise: float = 0.6
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings in clusters, and their labels."""
     torch.manual_seed(0)
     labels = torch.arange(n) // per_class
     x = torch.randn(n // per_class, dim)[labels] + noise * torch.randn(n, dim)
     return x.to(DEVICE).requires_grad_(), labels.to(DEVICE)
 
 
-def step(loss: Callable[[], torch.Tensor], *inputs: torch.Tensor) -> Callable[[], Any]:
-    """Forward and backward."""
+def grad_step(loss: Callable[[], torch.Tensor], *inputs: torch.Tensor) -> Callable[[], Any]:
+    """A function that runs forward and backward."""
     return lambda: torch.autograd.grad(loss(), inputs)
 
 
@@ -70,27 +74,28 @@ def contextual(n: int, noise: float = 0.6, dim: int = 512) -> Contenders:
         )
 
     return {
-        "pml_extras": step(lambda: objective("auto"), x),
-        "plain": step(lambda: objective("reference"), x),
+        "pml_extras": grad_step(lambda: objective("auto"), x),
+        "plain": grad_step(lambda: objective("reference"), x),
     }
 
 
-def contextual_against_pml(n: int) -> Contenders:
+def contextual_and_multi_similarity(n: int) -> Contenders:
     x, labels = clustered(n, 512)
-    ours, theirs = ContextualLoss(), pml_losses.MultiSimilarityLoss()
+    contextual_loss, pml_loss = ContextualLoss(), pml_losses.MultiSimilarityLoss()
     return {
-        "pml_extras": step(lambda: ours(x, labels), x),
-        "MultiSimilarityLoss": step(lambda: theirs(x, labels), x),
+        "pml_extras": grad_step(lambda: contextual_loss(x, labels), x),
+        "MultiSimilarityLoss": grad_step(lambda: pml_loss(x, labels), x),
     }
 
 
 def contextual_large(n: int) -> Contenders:
     x, labels = clustered(n, 128)
     loss = ContextualLoss()
-    return {"pml_extras": step(lambda: loss(x, labels), x)}
+    return {"pml_extras": grad_step(lambda: loss(x, labels), x)}
 
 
-def with_centers(num_classes: int, n: int, dim: int) -> tuple[torch.Tensor, ...]:
+def random_centers(num_classes: int, n: int, dim: int) -> tuple[torch.Tensor, ...]:
+    """Embeddings (N, D), centers (C, D) and labels (N,)."""
     torch.manual_seed(0)
     x = torch.randn(n, dim, device=DEVICE, requires_grad=True)
     c = torch.randn(num_classes, dim, device=DEVICE, requires_grad=True)
@@ -98,27 +103,29 @@ def with_centers(num_classes: int, n: int, dim: int) -> tuple[torch.Tensor, ...]
 
 
 def centers(num_classes: int, n: int = 512, dim: int = 128) -> Contenders:
-    x, c, labels = with_centers(num_classes, n, dim)
+    x, c, labels = random_centers(num_classes, n, dim)
     contenders = {
-        "pml_extras": step(lambda: functional.center_contrastive_loss(x, c, labels).mean(), x, c),
-        "plain": step(lambda: reference.center_contrastive_loss(x, c, labels), x, c),
+        "pml_extras": grad_step(
+            lambda: functional.center_contrastive_loss(x, c, labels).mean(), x, c
+        ),
+        "plain": grad_step(lambda: reference.center_contrastive_loss(x, c, labels), x, c),
     }
     for name in ("NormalizedSoftmaxLoss", "ArcFaceLoss"):
-        # Each is made when it is first called, so that its proxies are part of its memory alone.
-        made: dict[str, Any] = {}
+        # Made in the first call, so that only its memory includes its proxies.
+        make_loss = functools.cache(
+            lambda name=name: getattr(pml_losses, name)(num_classes, dim).to(DEVICE)
+        )
 
-        def call(name: str = name, made: dict[str, Any] = made) -> Any:
-            if "loss" not in made:
-                made["loss"] = getattr(pml_losses, name)(num_classes, dim).to(DEVICE)
-            loss = made["loss"]
+        def pml_step(make_loss: Callable[[], Any] = make_loss) -> Any:
+            loss = make_loss()
             return torch.autograd.grad(loss(x, labels), (x, loss.W))
 
-        contenders[name] = call
+        contenders[name] = pml_step
     return contenders
 
 
-def optimized(loss: torch.nn.Module, x: torch.Tensor, labels: torch.Tensor) -> Callable[[], Any]:
-    """A step with Adam."""
+def adam_step(loss: torch.nn.Module, x: torch.Tensor, labels: torch.Tensor) -> Callable[[], Any]:
+    """A function that runs a training step with Adam."""
     optimizer = torch.optim.Adam(loss.parameters(), lr=0.1)
 
     def step() -> None:
@@ -129,7 +136,8 @@ def optimized(loss: torch.nn.Module, x: torch.Tensor, labels: torch.Tensor) -> C
     return step
 
 
-def averaged(x: torch.Tensor, labels: torch.Tensor, num_classes: int) -> Callable[[], None]:
+def ema_step(x: torch.Tensor, labels: torch.Tensor, num_classes: int) -> Callable[[], None]:
+    """A function that runs a training step with EMA centers, which need no optimizer."""
     loss = CenterContrastiveLoss(num_classes, x.shape[1], center_update="ema").to(DEVICE)
     loss.class_counts += 1
     with torch.no_grad():
@@ -143,8 +151,8 @@ def center_updates(num_classes: int, n: int = 512, dim: int = 128) -> Contenders
     labels = torch.randint(num_classes, (n,), device=DEVICE)
     gradient = CenterContrastiveLoss(num_classes, dim).to(DEVICE)
     return {
-        "pml_extras": averaged(x, labels, num_classes),
-        "gradient + Adam": optimized(gradient, x, labels),
+        "pml_extras": ema_step(x, labels, num_classes),
+        "gradient + Adam": adam_step(gradient, x, labels),
     }
 
 
@@ -152,28 +160,33 @@ def centers_large(num_classes: int, n: int = 512, dim: int = 128) -> Contenders:
     x = torch.randn(n, dim, device=DEVICE, requires_grad=True)
     labels = torch.randint(num_classes, (n,), device=DEVICE)
     loss = CenterContrastiveLoss(num_classes, dim).to(DEVICE)
-    return {"pml_extras": optimized(loss, x, labels)}
+    return {"pml_extras": adam_step(loss, x, labels)}
 
 
-def centers_averaged(num_classes: int, n: int = 512, dim: int = 128) -> Contenders:
+def centers_ema(num_classes: int, n: int = 512, dim: int = 128) -> Contenders:
     x = torch.randn(n, dim, device=DEVICE, requires_grad=True)
     labels = torch.randint(num_classes, (n,), device=DEVICE)
-    return {"pml_extras": averaged(x, labels, num_classes)}
+    return {"pml_extras": ema_step(x, labels, num_classes)}
 
 
 def listwise(n: int) -> Contenders:
     x, labels = clustered(n, 128)
-    numbers = labels.cpu().numpy()
+    numpy_labels = labels.cpu().numpy()
     teacher = torch.randn(n, 128, device=DEVICE)
     return {
-        "pml_extras": step(lambda: functional.listwise_kl(x, teacher).mean(), x),
-        "plain": step(lambda: reference.listwise_kl(x, teacher), x),
-        "the authors' loop": step(lambda: reference.listwise_kl_loop(x, teacher, numbers), x),
+        "pml_extras": grad_step(lambda: functional.listwise_kl(x, teacher).mean(), x),
+        "plain": grad_step(lambda: reference.listwise_kl(x, teacher), x),
+        "the authors' loop": grad_step(
+            lambda: reference.listwise_kl_loop(x, teacher, numpy_labels), x
+        ),
     }
 
 
 def compiled(loss: Callable[[], torch.Tensor], *inputs: torch.Tensor) -> Contenders:
-    return {"pml_extras": step(torch.compile(loss), *inputs), "not compiled": step(loss, *inputs)}
+    return {
+        "pml_extras": grad_step(torch.compile(loss), *inputs),
+        "not compiled": grad_step(loss, *inputs),
+    }
 
 
 def contextual_compiled(n: int) -> Contenders:
@@ -182,7 +195,7 @@ def contextual_compiled(n: int) -> Contenders:
 
 
 def centers_compiled(num_classes: int, n: int = 512, dim: int = 128) -> Contenders:
-    x, c, labels = with_centers(num_classes, n, dim)
+    x, c, labels = random_centers(num_classes, n, dim)
     return compiled(lambda: functional.center_contrastive_loss(x, c, labels).mean(), x, c)
 
 
@@ -193,7 +206,7 @@ def listwise_compiled(n: int) -> Contenders:
 
 
 def distillation(n: int) -> Contenders:
-    """A step with distillation, against the same with the teacher's forward pass alone."""
+    """Self-distillation, and the base loss plus the teacher's forward pass."""
     torch.manual_seed(0)
     layers = [torch.nn.Linear(784, 2048), torch.nn.ReLU(), torch.nn.Linear(2048, 2048)]
     trunk = torch.nn.Sequential(*layers, torch.nn.ReLU(), torch.nn.Linear(2048, 128)).to(DEVICE)
@@ -203,7 +216,7 @@ def distillation(n: int) -> Contenders:
     distilled.end_epoch()
     network = distilled.teacher.network
 
-    def with_forward_alone() -> None:
+    def forward_only() -> None:
         base(trunk(inputs), labels).backward()
         distilled.teacher.clear()
         with torch.no_grad():
@@ -211,28 +224,28 @@ def distillation(n: int) -> Contenders:
 
     return {
         "pml_extras": lambda: distilled(trunk(inputs), labels).backward(),
-        "teacher's forward alone": with_forward_alone,
+        "teacher's forward alone": forward_only,
     }
 
 
 def miner(n: int) -> Contenders:
     x, labels = clustered(n, 128, per_class=8, noise=0.9)
-    ours, theirs = ContextualSimilarityMiner(), pml_miners.MultiSimilarityMiner()
+    contextual_miner, pml_miner = ContextualSimilarityMiner(), pml_miners.MultiSimilarityMiner()
     return {
-        "pml_extras": lambda: ours(x, labels),
-        "MultiSimilarityMiner": lambda: theirs(x, labels),
+        "pml_extras": lambda: contextual_miner(x, labels),
+        "MultiSimilarityMiner": lambda: pml_miner(x, labels),
     }
 
 
 def interference(n: int, triplets_per_anchor: int | str) -> Contenders:
     x, labels = clustered(n, 128)
-    plain, interfered = (
+    plain, regularized = (
         pml_losses.TripletMarginLoss(triplets_per_anchor=triplets_per_anchor) for _ in range(2)
     )
-    ClassInterferenceRegularizer(n // 4, 128).to(DEVICE).attach(interfered)
+    ClassInterferenceRegularizer(n // 4, 128).to(DEVICE).attach(regularized)
     return {
-        "pml_extras": step(lambda: interfered(x, labels), x),
-        "TripletMarginLoss": step(lambda: plain(x, labels), x),
+        "pml_extras": grad_step(lambda: regularized(x, labels), x),
+        "TripletMarginLoss": grad_step(lambda: plain(x, labels), x),
     }
 
 
@@ -246,8 +259,8 @@ def knn(n: int, dim: int = 128, k: int = 20) -> Contenders:
     }
 
 
-# Name, what is measured, the contenders, and how many turns they take.
-ON_GPU_ONLY = {
+# By name: the label of the case, a function that makes its contenders, and the number of turns.
+GPU_CASES: dict[str, tuple[str, Callable[[], Contenders], int]] = {
     "center-ten-million": (
         "Center loss, C=10,000,000, with Adam",
         lambda: centers_large(10_000_000),
@@ -260,7 +273,7 @@ CASES: dict[str, tuple[str, Callable[[], Contenders], int]] = {
         for n, turns in ((128, 31), (512, 11), (1024, 15), (2048, 9), (4096, 3))
     },
     "contextual-dense-512": (
-        "Contextual term, N=512, all samples neighbours",
+        "Contextual term, N=512, all samples neighbors",
         lambda: contextual(512, noise=0.0),
         11,
     ),
@@ -269,7 +282,7 @@ CASES: dict[str, tuple[str, Callable[[], Contenders], int]] = {
         lambda: contextual(1024, noise=30.0),
         5,
     ),
-    "contextual-pml": ("ContextualLoss, N=512", lambda: contextual_against_pml(512), 11),
+    "contextual-pml": ("ContextualLoss, N=512", lambda: contextual_and_multi_similarity(512), 11),
     "contextual-32768": ("ContextualLoss, N=32,768, D=128", lambda: contextual_large(32768), 1),
     **{
         f"centers-{c}": (f"Center loss, C={c:,}, N=512, D=128", lambda c=c: centers(c), turns)
@@ -283,7 +296,7 @@ CASES: dict[str, tuple[str, Callable[[], Contenders], int]] = {
     "center-million": ("Center loss, C=1,000,000, with Adam", lambda: centers_large(1_000_000), 2),
     "center-ten-million-averaged": (
         'Center loss, "ema", C=10,000,000, a step',
-        lambda: centers_averaged(10_000_000),
+        lambda: centers_ema(10_000_000),
         2,
     ),
     **{f"listwise-{n}": (f"Listwise KL, N={n}", lambda n=n: listwise(n), 31) for n in (112, 512)},
@@ -305,7 +318,7 @@ CASES: dict[str, tuple[str, Callable[[], Contenders], int]] = {
     },
     **{
         f"interference-{triplets}": (
-            f"Interference, N=512, {triplets} triplets an anchor",
+            f"Interference, N=512, {triplets} triplets per anchor",
             lambda triplets=triplets: interference(512, triplets),
             15,
         )
@@ -316,27 +329,28 @@ CASES: dict[str, tuple[str, Callable[[], Contenders], int]] = {
 }
 
 
-def seconds(function: Callable[[], Any]) -> float:
-    """A call's, on average over a turn."""
-    calls, took, started = 0, 0.0, time.perf_counter()
-    while took < TURN:
+def seconds_per_call(function: Callable[[], Any]) -> float:
+    """The mean time of a call in one turn."""
+    num_calls, elapsed, start = 0, 0.0, time.perf_counter()
+    while elapsed < MIN_TURN_SECONDS:
         function()
         if DEVICE == "cuda":
             torch.cuda.synchronize()
-        calls, took = calls + 1, time.perf_counter() - started
-    return took / calls
+        num_calls, elapsed = num_calls + 1, time.perf_counter() - start
+    return elapsed / num_calls
 
 
 def measure(name: str) -> dict[str, Any]:
-    what, make, turns = CASES[name]
-    contenders = make()
+    """Measure and print the times and memory of all contenders of a case."""
+    label, make_contenders, num_turns = CASES[name]
+    contenders = make_contenders()
     times: dict[str, list[float]] = {contender: [] for contender in contenders}
-    order = random.Random(0)
-    for turn in range(turns + 1):
-        for contender in order.sample(list(contenders), len(contenders)):
-            took = seconds(contenders[contender])
-            if turn > 0 or turns == 1:  # the first is to warm up
-                times[contender].append(took)
+    generator = random.Random(0)
+    for turn in range(num_turns + 1):
+        for contender in generator.sample(list(contenders), len(contenders)):
+            seconds = seconds_per_call(contenders[contender])
+            if turn > 0 or num_turns == 1:  # the first turn is for warm-up
+                times[contender].append(seconds)
     summary = {}
     for contender, values in times.items():
         low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
@@ -344,17 +358,17 @@ def measure(name: str) -> dict[str, Any]:
             "median_ms": 1e3 * statistics.median(values),
             "middle_half_ms": [1e3 * low, 1e3 * high],
             "turns": len(values),
-            # What the compiler needs would drown the rest.
-            "extra_mib": None if name.startswith("compiled") else memory(name, contender),
+            # The memory of the compiler exceeds that of the step.
+            "extra_mib": None if name.startswith("compiled") else extra_mib(name, contender),
         }
         mib = summary[contender]["extra_mib"]
         print(f"  {contender:24} {summary[contender]['median_ms']:10.2f} ms"
               + ("" if mib is None else f" {mib:9.1f} MiB"), flush=True)  # fmt: skip
-    return {"what": what, "contenders": summary}
+    return {"what": label, "contenders": summary}
 
 
-def memory(name: str, contender: str) -> float:
-    """Peak memory beyond the inputs, in a process of its own."""
+def extra_mib(name: str, contender: str) -> float:
+    """The peak memory of a contender beyond its inputs, in a new process."""
     command = [sys.executable, __file__, "--memory-of", name, contender, "--device", DEVICE]
     output = subprocess.run(
         [*command, "--threads", str(torch.get_num_threads())],
@@ -363,27 +377,28 @@ def memory(name: str, contender: str) -> float:
     return float(output.split()[-1])
 
 
-def memory_here(name: str, contender: str) -> float:
+def extra_mib_of_this_process(name: str, contender: str) -> float:
     function = CASES[name][1]()[contender]
     if DEVICE == "cuda":
-        function()  # what libraries keep from their first use on is not the method's
+        function()  # allocates what libraries keep after their first use
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         function()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    # What the libraries take when they are first used is not the method's.
+    # Allocate what libraries keep after their first use.
     small = torch.randn(64, 8, requires_grad=True)
     functional.contextual_loss(
         small, torch.arange(64), implementation="sparse"
     ).contextual.sum().backward()
     (small @ small.T).logsumexp(1).sum().backward()
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak begins anew at what is held
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: reset the peak memory
     before = status_kib("VmRSS")
     function()
     return (status_kib("VmHWM") - before) / 2**10
 
 
 def status_kib(field: str) -> int:
+    """A field of /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
@@ -391,7 +406,7 @@ def status_kib(field: str) -> int:
 def main() -> None:
     global DEVICE
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("cases", nargs="*", help="beginnings of cases' names; default: all")
+    parser.add_argument("cases", nargs="*", help="prefixes of case names; default: all")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", default=platform.machine())
@@ -401,9 +416,9 @@ def main() -> None:
     DEVICE = args.device
     torch.set_num_threads(args.threads)
     if DEVICE == "cuda":
-        CASES.update(ON_GPU_ONLY)
+        CASES.update(GPU_CASES)
     if args.memory_of:
-        print(memory_here(*args.memory_of))
+        print(extra_mib_of_this_process(*args.memory_of))
         return
     path = RESULTS / f"{args.out}-{DEVICE}.json"
     if not args.render:
@@ -419,7 +434,7 @@ def main() -> None:
             if not args.cases or any(name.startswith(prefix) for prefix in args.cases):
                 print(name, flush=True)
                 run["cases"][name] = measure(name)
-                # In the order above, without what is measured no more.
+                # Keep the order of CASES, and drop cases that no longer exist.
                 run["cases"] = {n: run["cases"][n] for n in CASES if n in run["cases"]}
                 path.write_text(json.dumps(run, indent=1) + "\n")
     speed_page.render(RESULTS)

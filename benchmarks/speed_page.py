@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parents[1] / "docs"
-# Beginnings of cases' names, which end in a number: what the number is, and the plot's title.
+# By plot: the prefix of case names that end in a number, what the number counts, and the title.
 PLOTS = {
     "contextual": ("contextual-", "samples in a batch", "The contextual term"),
     "centers": ("centers-", "classes", "The center contrastive loss"),
@@ -16,6 +16,7 @@ PLOTS = {
 
 
 def render(results: Path) -> None:
+    """Write docs/speed.md and its plots from the JSON files in a folder."""
     runs = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
     lines = [
         "# Speed and memory",
@@ -37,9 +38,9 @@ def render(results: Path) -> None:
     ]
     for stem, run in runs.items():
         lines += ["", f"## {run['machine']}", "", run["versions"], ""]
-        for name, (prefix, label, title) in PLOTS.items():
+        for name, (prefix, xlabel, title) in PLOTS.items():
             file = DOCS / "figures" / f"speed-{name}-{stem}.svg"
-            if plot(run, prefix, label, file):
+            if plot(run, prefix, xlabel, file):
                 caption = f"{title}, {run['machine']}"
                 lines += [f"![{caption}](figures/{file.name})", "", f"*{caption}*", ""]
         lines += [
@@ -55,19 +56,20 @@ def render(results: Path) -> None:
             others = [(n, c) for n, c in case["contenders"].items() if n != "pml_extras"]
             for other, theirs in others:
                 time_ratio = ours["median_ms"] / theirs["median_ms"]
-                both = (ours["extra_mib"] or 0, theirs["extra_mib"] or 0)
-                # Below a few MiB the allocator's habits are all there is to see.
-                of_memory = f"{both[0] / both[1]:.2f}" if min(both) > 4 else ""
+                our_mib, their_mib = ours["extra_mib"] or 0, theirs["extra_mib"] or 0
+                # A few MiB depend on the allocator more than on the method.
+                has_ratio = min(our_mib, their_mib) > 4
+                memory_ratio = f"{our_mib / their_mib:.2f}" if has_ratio else ""
                 digits = 2 if time_ratio >= 0.1 else 3
-                lines.append(f"{row}| {other} | {time_ratio:.{digits}f} | {of_memory} |")
+                lines.append(f"{row}| {other} | {time_ratio:.{digits}f} | {memory_ratio} |")
                 row = "| | | | "
             if not others:
                 lines.append(f"{row}| | | |")
     (DOCS / "speed.md").write_text("\n".join(lines) + "\n")
 
 
-def plot(run: dict[str, Any], prefix: str, label: str, file: Path) -> bool:
-    """Time and memory over size, in double logarithms; whether there was anything to draw."""
+def plot(run: dict[str, Any], prefix: str, xlabel: str, file: Path) -> bool:
+    """Plot time and memory over size, log-log. Returns False if no case has the prefix."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
@@ -76,32 +78,32 @@ def plot(run: dict[str, Any], prefix: str, label: str, file: Path) -> bool:
     for name, case in run["cases"].items():
         size = name.removeprefix(prefix)
         if name.startswith(prefix) and size.isdigit() and len(case["contenders"]) > 1:
-            for contender, measured in case["contenders"].items():
-                points.setdefault(contender, {})[int(size)] = measured
+            for contender, measurement in case["contenders"].items():
+                points.setdefault(contender, {})[int(size)] = measurement
     if not points:
         return False
     figure = Figure(figsize=(9, 3.4), layout="constrained")
-    for axes, key, what in zip(
+    for axes, key, ylabel in zip(
         figure.subplots(1, 2), ("median_ms", "extra_mib"), ("ms per step", "MiB beyond the inputs"),
         strict=True,
     ):  # fmt: skip
         for contender, by_size in points.items():
             style = {"linewidth": 2.5, "zorder": 3} if contender == "pml_extras" else {}
-            # Memory that is too small to be seen beside the process's is not drawn.
-            shown = {
+            # Less than 1 MiB cannot be measured reliably.
+            values = {
                 n: m[key] for n, m in sorted(by_size.items()) if m[key] > 1 or key != "extra_mib"
             }
-            axes.loglog(list(shown), list(shown.values()), marker="o", label=contender, **style)
+            axes.loglog(list(values), list(values.values()), marker="o", label=contender, **style)
         sizes = sorted(set().union(*points.values()))
         axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xlabel(label)
-        axes.set_ylabel(what)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
         axes.grid(color="0.9")
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False)
     file.parent.mkdir(parents=True, exist_ok=True)
-    # Without dates and random names, so that the same figures make the same file.
+    # No date and no random ids, so that the same measurements give the same file.
     with rc_context({"svg.hashsalt": file.stem}):
         figure.savefig(file, metadata={"Date": None})
     return True

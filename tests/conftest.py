@@ -1,13 +1,11 @@
-"""Applies to all tests: one thread, a fixed seed, and the golden cases as parameters."""
+"""Gives all tests one thread and a fixed seed, and some of them the golden cases."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import pytest
 import torch
 
-from helpers import golden
+from helpers.golden import golden_cases
 
 
 @pytest.fixture(autouse=True)
@@ -17,11 +15,7 @@ def _seed() -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test with an argument ``contextual_case`` or ``listwise_case`` on each such case."""
     for name in ("contextual", "listwise"):
         if f"{name}_case" in metafunc.fixturenames:
-            metafunc.parametrize(f"{name}_case", golden.golden_cases(name))
-
-
-@pytest.fixture
-def relative_error() -> Callable[[torch.Tensor, torch.Tensor], float]:
-    return golden.relative_error
+            metafunc.parametrize(f"{name}_case", golden_cases(name))

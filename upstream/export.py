@@ -1,9 +1,10 @@
-"""Writes our components into a checkout of pytorch-metric-learning (PML) 2.9, as PML lays them out.
+"""Writes our components into a checkout of pytorch-metric-learning (PML) 2.9, in PML's layout.
 
     python upstream/export.py CHECKOUT
 
-Sources get relative imports, packages their exports, and tests and docs entries go where PML keeps
-its own. Doing it again changes nothing. Needs black and isort, in whose style PML is written.
+Source files get relative imports, packages get exports, and tests and docs entries are added to
+those of PML. A second run changes nothing. Needs black and isort, because PML is formatted with
+them.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import black
 import isort
 
 HERE = Path(__file__).parent
-OURS, THEIRS = "pml_extras", "pytorch_metric_learning"
+PACKAGE, PML = "pml_extras", "pytorch_metric_learning"
 
-# Where our modules go; a package's modules go with it. The mathematics goes under `utils`, where
-# PML keeps what its classes are made of. `evaluation` is what PML 3 calls the place for retrieval.
-PLACES = {
+# From our modules and packages to those of PML. The functions go to `utils`, where PML keeps the
+# helpers of its classes. `evaluation` is the name that PML 3 has for tools of retrieval.
+MODULES = {
     "_component": "utils.component",
     "functional": "utils.functional",
     "losses": "losses",
@@ -31,14 +32,14 @@ PLACES = {
     "inference": "evaluation",
     "label_noise": "evaluation",
 }
-# Subclasses of PML's wrappers: there, PML's own classes are edited instead.
-LEFT_OUT = {"losses.wrappers"}
-# The lists of supported losses: (file, line, the line before which it goes wherever that is).
+# Not exported: subclasses of PML's wrappers, because EDITS changes the wrappers themselves.
+EXCLUDED = {"losses.wrappers"}
+# Additions to lists of supported losses: (file, new line, existing line that it is put before).
 EDITS = [
-    (f"src/{THEIRS}/losses/cross_batch_memory.py", '"ContextualLoss",', '"ContrastiveLoss",'),
-    (f"src/{THEIRS}/losses/self_supervised_loss.py", '"ContextualLoss",', '"ContrastiveLoss",'),
+    (f"src/{PML}/losses/cross_batch_memory.py", '"ContextualLoss",', '"ContrastiveLoss",'),
+    (f"src/{PML}/losses/self_supervised_loss.py", '"ContextualLoss",', '"ContrastiveLoss",'),
     (
-        "tests/losses/test_self_supervised_loss.py",  # it wants all that are supported
+        "tests/losses/test_self_supervised_loss.py",  # it tests all supported losses
         "losses.ContextualLoss(),",
         "losses.ContrastiveLoss(),",
     ),
@@ -49,69 +50,71 @@ EDITS = [
     ),
 ]
 
-ISORT = isort.Config(profile="black", known_first_party=[THEIRS])
+ISORT = isort.Config(profile="black", known_first_party=[PML])
 
 
 def export(checkout: Path) -> None:
-    """Write everything into the checkout."""
-    package = checkout / "src" / THEIRS
-    check_version(package)
-    ours = HERE.parent / OURS
-    for path in sorted(ours.glob("**/*.py")):
-        module = ".".join(path.relative_to(ours).with_suffix("").parts)
-        if module not in LEFT_OUT and module != "__init__":
-            write_module(module, path.read_text(), package)
+    """Write all components, tests and docs entries into the checkout."""
+    pml_root = checkout / "src" / PML
+    check_version(pml_root)
+    root = HERE.parent / PACKAGE
+    for path in sorted(root.glob("**/*.py")):
+        module = ".".join(path.relative_to(root).with_suffix("").parts)
+        if module not in EXCLUDED and module != "__init__":
+            write_module(module, path.read_text(), pml_root)
     for path in sorted((HERE / "tests").glob("**/*.py")):
         target = checkout / path.relative_to(HERE)
-        if path.name != "__init__.py" or not target.exists():  # PML's own packages stay
+        if path.name != "__init__.py" or not target.exists():  # keep PML's __init__.py
             write(target, path.read_text())
-    # Source distributions have neither tests nor docs.
-    for name, line, before in EDITS:
+    # PML's source distribution has neither tests nor docs.
+    for name, new_line, existing_line in EDITS:
         if (checkout / name).exists():
-            insert_line(checkout / name, line, before)
+            insert_line(checkout / name, new_line, existing_line)
     for path in sorted((HERE / "docs").glob("*.md")):
         if (checkout / "docs" / path.name).exists():
-            write_sections(checkout / "docs" / path.name, path.read_text())
+            merge_sections(checkout / "docs" / path.name, path.read_text())
 
 
-def check_version(package: Path) -> None:
-    init = package / "__init__.py"
+def check_version(pml_root: Path) -> None:
+    """Exit with a message if the checkout is not PML 2.9."""
+    init = pml_root / "__init__.py"
     if not init.exists():
-        raise SystemExit(f"{package} does not exist: give the root of a checkout of PML 2.9")
+        raise SystemExit(f"{pml_root} does not exist: give the root of a checkout of PML 2.9")
     version = re.search(r'__version__ = "(.*)"', init.read_text())
     if version is None or not version[1].startswith("2.9."):
-        found = version[1] if version else "none"
-        raise SystemExit(f"the checkout must be of PML 2.9, and its version is {found}")
+        actual = version[1] if version else "none"
+        raise SystemExit(f"the checkout must be of PML 2.9, and its version is {actual}")
 
 
-def write_module(module: str, source: str, package: Path) -> None:
-    target = their_module(module)
-    path = package / Path(*target.split(".")).with_suffix(".py")
+def write_module(module: str, source: str, pml_root: Path) -> None:
+    """Write one of our modules, or add the exports of one of our packages."""
+    target = pml_module(module)
+    path = pml_root / Path(*target.split(".")).with_suffix(".py")
     if path.name == "__init__.py":
-        theirs = path.read_text() if path.exists() else ""
-        write(path, theirs + exports(module, source))
+        existing = path.read_text() if path.exists() else ""
+        write(path, existing + exports(module, source))
     else:
-        write(path, with_their_imports(source, module, target, package))
+        write(path, with_pml_imports(source, module, target, pml_root))
 
 
 def exports(module: str, source: str) -> str:
-    """The import statements of a package, which are its exports."""
+    """The import statements of a package. These are its exports."""
     return "".join(
         ast.unparse(node) + "\n"
         for node in ast.parse(source).body
         if isinstance(node, ast.ImportFrom)
-        and f"{module.removesuffix('.__init__')}.{node.module}" not in LEFT_OUT
+        and f"{module.removesuffix('.__init__')}.{node.module}" not in EXCLUDED
     )
 
 
-def their_module(module: str) -> str:
-    """Where one of our modules goes, both without the name of the package."""
-    place = max((p for p in PLACES if f"{module}.".startswith(f"{p}.")), key=len)
-    return PLACES[place] + module.removeprefix(place)
+def pml_module(module: str) -> str:
+    """The name in PML of one of our modules. Names are relative to the two packages."""
+    prefix = max((p for p in MODULES if f"{module}.".startswith(f"{p}.")), key=len)
+    return MODULES[prefix] + module.removeprefix(prefix)
 
 
-def with_their_imports(source: str, module: str, target: str, package: Path) -> str:
-    """The source with relative imports in PML's layout, and PML's names in its docstrings."""
+def with_pml_imports(source: str, module: str, target: str, pml_root: Path) -> str:
+    """The source with relative imports of PML's modules, and PML's module names in docstrings."""
     lines = source.splitlines(keepends=True)
     imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
     for node in sorted(imports, key=lambda node: node.lineno, reverse=True):
@@ -120,31 +123,31 @@ def with_their_imports(source: str, module: str, target: str, package: Path) -> 
             assert node.end_lineno is not None
             indent = " " * node.col_offset
             lines[node.lineno - 1 : node.end_lineno] = [
-                f"{indent}{line}\n" for line in relative_imports(name, node.names, target, package)
+                f"{indent}{line}\n" for line in relative_imports(name, node.names, target, pml_root)
             ]
     return re.sub(
-        rf"\b{OURS}\.(\w[\w.]*\w)",
-        lambda match: f"{THEIRS}.{their_module(match[1])}",
+        rf"\b{PACKAGE}\.(\w[\w.]*\w)",
+        lambda match: f"{PML}.{pml_module(match[1])}",
         "".join(lines),
     )
 
 
 def absolute_name(node: ast.ImportFrom, module: str) -> str | None:
-    """What an import of ours is from, in PML's layout without the package's name; None if else."""
+    """The module of PML that an import in our ``module`` refers to; None for other packages."""
     name = node.module or ""
     if node.level:
         parts = module.split(".")[: -node.level]
-        return their_module(".".join([*parts, name]))
-    return name.removeprefix(f"{THEIRS}.") if name.startswith(f"{THEIRS}.") else None
+        return pml_module(".".join([*parts, name]))
+    return name.removeprefix(f"{PML}.") if name.startswith(f"{PML}.") else None
 
 
-def relative_imports(name: str, names: list[ast.alias], target: str, package: Path) -> list[str]:
-    """Import statements for names from a module or package, as written in the module `target`."""
-    here = target.split(".")[:-1]
-    if name.split(".") != here:
-        return [f"from {relative(name, here)} import {', '.join(map(ast.unparse, names))}"]
-    # From a package into itself: from the modules, since the package is not complete by then.
-    init = ast.parse((package / Path(*here) / "__init__.py").read_text())
+def relative_imports(name: str, names: list[ast.alias], target: str, pml_root: Path) -> list[str]:
+    """Statements in the module ``target`` that import names from the module or package ``name``."""
+    package = target.split(".")[:-1]
+    if name.split(".") != package:
+        return [f"from {relative_name(name, package)} import {', '.join(map(ast.unparse, names))}"]
+    # Within a package, import from its modules: the package itself is not imported completely yet.
+    init = ast.parse((pml_root / Path(*package) / "__init__.py").read_text())
     origin = {
         alias.name: node.module
         for node in init.body
@@ -154,23 +157,25 @@ def relative_imports(name: str, names: list[ast.alias], target: str, package: Pa
     return [f"from .{origin[alias.name]} import {ast.unparse(alias)}" for alias in names]
 
 
-def relative(name: str, here: list[str]) -> str:
-    """How a module in the package `here` calls the module `name`."""
+def relative_name(name: str, package: list[str]) -> str:
+    """The relative name of the module ``name``, in a module of ``package``."""
     parts = name.split(".")
     common = 0
-    while common < min(len(parts) - 1, len(here)) and parts[common] == here[common]:
+    while common < min(len(parts) - 1, len(package)) and parts[common] == package[common]:
         common += 1
-    return "." * (len(here) - common + 1) + ".".join(parts[common:])
+    return "." * (len(package) - common + 1) + ".".join(parts[common:])
 
 
-def insert_line(path: Path, line: str, before: str) -> None:
+def insert_line(path: Path, new_line: str, existing_line: str) -> None:
+    """Put a line before an existing one, with its indentation, unless the file has it already."""
     text = path.read_text()
-    if line not in text:
-        path.write_text(re.sub(rf"(?m)^( *){re.escape(before)}$", rf"\1{line}\n\g<0>", text))
+    if new_line not in text:
+        pattern = rf"(?m)^( *){re.escape(existing_line)}$"
+        path.write_text(re.sub(pattern, rf"\1{new_line}\n\g<0>", text))
 
 
-def write_sections(path: Path, entries: str) -> None:
-    """Put each section of `entries` where its title belongs in the alphabet, instead of the old."""
+def merge_sections(path: Path, entries: str) -> None:
+    """Insert each section in alphabetical order, or replace the section of the same title."""
     sections = re.split(r"(?m)^(?=## )", path.read_text())
     for entry in re.split(r"(?m)^(?=## )", entries)[1:]:
         title = entry.splitlines()[0]
@@ -184,7 +189,7 @@ def write_sections(path: Path, entries: str) -> None:
 
 
 def write(path: Path, source: str) -> None:
-    """Write a source file in black's and isort's style."""
+    """Write a source file, formatted with black and isort."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(black.format_str(isort.code(source, config=ISORT), mode=black.Mode()))
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import numpy as np
@@ -19,24 +20,25 @@ from pytorch_metric_learning.trainers import MetricLossOnly, TrainWithClassifier
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from torch import nn
 
+from helpers.state import same_state, state_of
 from pml_extras.distillation import EMATeacher, SelfDistillation, SnapshotTeacher
 from pml_extras.losses import CenterContrastiveLoss, ListwiseDistillationLoss
 from pml_extras.regularizers import ClassInterferenceRegularizer
 
 C, D = 4, 3
-TEACHERS = {"snapshot": SnapshotTeacher, "ema": lambda t, e: EMATeacher(t, e, decay=0.5)}
+TEACHERS = {"snapshot": SnapshotTeacher, "ema": functools.partial(EMATeacher, decay=0.5)}
 
 
-def networks():
+def make_networks():
     torch.manual_seed(0)
-    # Batch norm and dropout: a teacher that is not in eval mode would show.
+    # With batch norm and dropout, a teacher in training mode gives wrong results.
     trunk = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.ReLU())
     return trunk, nn.Linear(8, D)
 
 
-def batches(n, size=12):
+def batches(num_batches, size=12):
     generator = torch.Generator().manual_seed(1)
-    for _ in range(n):
+    for _ in range(num_batches):
         yield torch.randn(size, 5, generator=generator), torch.arange(size) % C
 
 
@@ -44,7 +46,7 @@ class Run:
     """A hand-written training loop."""
 
     def __init__(self, teacher="snapshot", alpha=50.0, num_epochs=4, collect_stats=True, loss=None):
-        self.trunk, self.embedder = networks()
+        self.trunk, self.embedder = make_networks()
         self.teacher = TEACHERS[teacher](self.trunk, self.embedder)
         self.loss = SelfDistillation(
             loss or ContrastiveLoss(),
@@ -53,12 +55,12 @@ class Run:
             alpha=alpha,
             collect_stats=collect_stats,
         )
-        self.optimizer = torch.optim.Adam(self.parts().parameters(), lr=0.01)
+        self.optimizer = torch.optim.Adam(self.modules().parameters(), lr=0.01)
 
-    def parts(self):
+    def modules(self):
         return nn.ModuleList([self.trunk, self.embedder, self.loss])
 
-    def epoch(self, steps=3):
+    def train_epoch(self, steps=3):
         torch.manual_seed(100 + self.loss.epoch)
         for x, labels in batches(steps):
             self.optimizer.zero_grad()
@@ -67,16 +69,16 @@ class Run:
             self.optimizer.step()
         return loss
 
-    def weights(self):
+    def trunk_state(self):
         return torch.cat([p.detach().flatten() for p in self.trunk.state_dict().values()])
 
 
 @pytest.mark.parametrize("teacher", TEACHERS)
-def test_loss_is_base_plus_scheduled_distillation(teacher):
+def test_loss_is_the_base_loss_plus_weighted_distillation(teacher):
     run = Run(teacher, alpha=20.0, num_epochs=4)
-    run.epoch()
+    run.train_epoch()
     run.loss.end_epoch()
-    run.epoch()
+    run.train_epoch()
     run.loss.end_epoch()
     x, labels = next(batches(1))
     f = run.embedder(run.trunk(x))
@@ -92,40 +94,40 @@ def test_loss_is_base_plus_scheduled_distillation(teacher):
     assert run.loss.base_loss == pytest.approx(ContrastiveLoss()(f, labels).item())
 
 
-def test_zero_in_the_first_epoch_whose_teacher_is_not_asked():
+def test_adds_nothing_in_the_first_epoch_and_skips_the_teacher():
     run = Run(alpha=1e6)
-    run.teacher.embed = None  # calling it would fail
+    run.teacher.embed = None  # a call would raise
     x, labels = next(batches(1))
     f = run.embedder(run.trunk(x))
     assert run.loss(f, labels) == ContrastiveLoss()(f, labels)
 
 
-def test_zero_when_student_and_teacher_coincide():
+def test_adds_nothing_when_student_and_teacher_coincide():
     run = Run(alpha=1e6, num_epochs=1)
-    run.loss.end_epoch()  # the teacher is the network
+    run.loss.end_epoch()  # the teacher becomes the network
     x, labels = next(batches(1))
     run.trunk.eval()
     f = run.embedder(run.trunk(x))
     assert run.loss(f, labels) == ContrastiveLoss()(f, labels)
 
 
-def test_snapshot_is_the_network_at_the_last_epochs_end():
+def test_snapshot_is_the_network_at_the_end_of_the_epoch():
     run = Run()
-    run.epoch()
+    run.train_epoch()
     run.loss.end_epoch()
-    at_end = copy.deepcopy(run.trunk.state_dict())
-    run.epoch()
+    at_end = state_of(run.trunk)
+    run.train_epoch()
     teacher_trunk, _ = run.teacher.network.children()
-    assert all(torch.equal(v, at_end[k]) for k, v in teacher_trunk.state_dict().items())
+    assert same_state(state_of(teacher_trunk), at_end)
     assert not torch.equal(run.trunk.state_dict()["0.weight"], at_end["0.weight"])
 
 
-def test_ema_is_the_moving_average_of_the_weights_at_each_pass():
+def test_ema_averages_the_weights_at_each_forward_pass():
     run = Run("ema")
     expected = None
     for x, labels in batches(4):
-        now = run.trunk[0].weight.detach().clone()
-        expected = now if expected is None else 0.5 * expected + 0.5 * now
+        weight = run.trunk[0].weight.detach().clone()
+        expected = weight if expected is None else 0.5 * expected + 0.5 * weight
         run.loss(run.embedder(run.trunk(x)), labels).backward()
         run.optimizer.step()
     teacher_trunk, _ = run.teacher.network.children()
@@ -133,12 +135,12 @@ def test_ema_is_the_moving_average_of_the_weights_at_each_pass():
 
 
 @pytest.mark.parametrize("teacher", TEACHERS)
-def test_teacher_stays_in_eval_mode_and_out_of_sight(teacher):
+def test_the_teacher_stays_in_eval_mode_and_is_no_submodule(teacher):
     run = Run(teacher)
-    run.epoch()
+    run.train_epoch()
     run.loss.end_epoch()
-    run.parts().train()
-    run.epoch()
+    run.modules().train()
+    run.train_epoch()
     assert not any(m.training for m in run.teacher.network.modules())
     assert not any(p.requires_grad for p in run.teacher.network.parameters())
     assert list(run.loss.parameters()) == []
@@ -151,33 +153,35 @@ def test_teacher_stays_in_eval_mode_and_out_of_sight(teacher):
 
 
 @pytest.mark.parametrize("teacher", TEACHERS)
-@pytest.mark.parametrize("middle", [False, True], ids=["epoch's end", "mid-epoch"])
+@pytest.mark.parametrize("mid_epoch", [False, True], ids=["end of epoch", "mid-epoch"])
 @pytest.mark.parametrize("loss_first", [False, True])
-def test_a_resumed_run_goes_on_exactly(teacher, middle, loss_first, tmp_path):
+def test_a_resumed_run_gives_the_same_result(teacher, mid_epoch, loss_first, tmp_path):
     run = Run(teacher)
     for _ in range(2):
-        run.epoch()
+        run.train_epoch()
         run.loss.end_epoch()
-    if middle:
-        run.epoch(steps=1)
-    torch.save([p.state_dict() for p in (*run.parts(), run.optimizer)], tmp_path / "checkpoint.pt")
-    run.epoch()
+    if mid_epoch:
+        run.train_epoch(steps=1)
+    torch.save(
+        [m.state_dict() for m in (*run.modules(), run.optimizer)], tmp_path / "checkpoint.pt"
+    )
+    run.train_epoch()
     run.loss.end_epoch()
-    expected = run.epoch()
+    expected = run.train_epoch()
 
     resumed = Run(teacher)
-    parts = [*resumed.parts(), resumed.optimizer]
+    modules = [*resumed.modules(), resumed.optimizer]
     states = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    pairs = list(zip(parts, states, strict=True))
-    for part, state in reversed(pairs) if loss_first else pairs:
-        part.load_state_dict(state)
-    resumed.epoch()
+    pairs = list(zip(modules, states, strict=True))
+    for module, state in reversed(pairs) if loss_first else pairs:
+        module.load_state_dict(state)
+    resumed.train_epoch()
     resumed.loss.end_epoch()
-    assert torch.equal(resumed.epoch(), expected)
-    assert torch.equal(resumed.weights(), run.weights())
+    assert torch.equal(resumed.train_epoch(), expected)
+    assert torch.equal(resumed.trunk_state(), run.trunk_state())
 
 
-def test_pending_batches_without_gradients_go_unnoticed():
+def test_batches_without_gradients_are_ignored():
     run = Run(num_epochs=1)
     run.loss.end_epoch()
     x, labels = next(batches(1))
@@ -187,7 +191,7 @@ def test_pending_batches_without_gradients_go_unnoticed():
     run.loss(f, labels)
 
 
-def test_a_loss_without_its_batch_says_so():
+def test_a_loss_without_its_batch_raises():
     run = Run(num_epochs=1)
     run.loss.end_epoch()
     x, labels = next(batches(1))
@@ -202,26 +206,26 @@ def test_a_loss_without_its_batch_says_so():
         run.loss(f, labels)
 
 
-def test_inputs_are_not_held_on_to():
+def test_inputs_are_released():
     run = Run()
-    run.epoch()
+    run.train_epoch()
     assert not run.teacher._pending_batches
     run.loss.end_epoch()
-    run.epoch()
+    run.train_epoch()
     (embeddings,) = run.teacher._pending_batches
     assert embeddings.shape == (12, D)
-    for _ in range(20):  # and no loss asks
+    for _ in range(20):  # without a loss
         run.trunk(next(batches(1))[0])
     assert len(run.teacher._pending_batches) <= 8
 
 
 @pytest.mark.parametrize("sizes", [(12,), (5, 7), (4, 4, 4)])
-def test_samples_may_come_in_several_pending_batches(sizes):
+def test_a_batch_may_be_embedded_in_several_parts(sizes):
     run = Run(num_epochs=1)
     run.loss.end_epoch()
     x, labels = next(batches(1))
     run.trunk.eval()
-    run.trunk(torch.randn(3, 5))  # not the loss's
+    run.trunk(torch.randn(3, 5))  # not part of the batch
     f = torch.cat([run.embedder(run.trunk(part)) for part in x.split(sizes)])
     assert run.loss(f, labels) == ContrastiveLoss()(f, labels)
     run.trunk(torch.randn(3, 5))
@@ -255,16 +259,16 @@ def test_losses_may_share_a_teacher():
     ],
     ids=["memory", "multiple", "proxies", "centers", "interference"],
 )
-def test_around_any_loss(teacher, make_loss):
+def test_wraps_any_loss(teacher, make_loss):
     run = Run(teacher, loss=make_loss())
     for _ in range(3):
-        loss = run.epoch()
+        loss = run.train_epoch()
         run.loss.end_epoch()
     assert loss.isfinite()
     assert run.loss.distillation_loss > 0
 
 
-def test_eval_mode_is_the_wrapped_loss_alone():
+def test_equals_the_wrapped_loss_in_eval_mode():
     run = Run(num_epochs=1)
     run.loss.end_epoch()
     x, labels = next(batches(1))
@@ -272,7 +276,7 @@ def test_eval_mode_is_the_wrapped_loss_alone():
     assert run.loss.eval()(f, labels) == ContrastiveLoss()(f, labels)
 
 
-def test_all_arguments_go_to_the_wrapped_loss():
+def test_passes_all_arguments_to_the_wrapped_loss():
     run = Run()
     x, labels = next(batches(1))
     f = run.embedder(run.trunk(x))
@@ -280,7 +284,7 @@ def test_all_arguments_go_to_the_wrapped_loss():
     assert run.loss(f, labels, indices_tuple=pairs) == ContrastiveLoss()(f, labels, pairs)
 
 
-def test_copies_of_a_loss_share_the_teacher_and_a_copied_trunk_is_not_watched():
+def test_a_copied_loss_shares_the_teacher_and_a_copied_trunk_has_none():
     run = Run(num_epochs=1)
     run.loss.end_epoch()
     copied = copy.deepcopy(run.loss)
@@ -300,20 +304,18 @@ def test_the_weight_stays_at_alpha_after_the_last_epoch():
     assert weights == [0, 4.0, 8.0, 8.0]
 
 
-@pytest.mark.parametrize(
-    ("setting", "value"), [("num_epochs", 0), ("alpha", -1), ("temperature", 0)]
-)
-def test_bad_settings_are_named(setting, value):
-    trunk, _ = networks()
-    with pytest.raises(ValueError, match=f"^{setting} must .*, got {value!r}"):
+@pytest.mark.parametrize(("name", "value"), [("num_epochs", 0), ("alpha", -1), ("temperature", 0)])
+def test_invalid_hyperparameters_are_reported(name, value):
+    trunk, _ = make_networks()
+    with pytest.raises(ValueError, match=f"^{name} must .*, got {value!r}"):
         SelfDistillation(
-            ContrastiveLoss(), SnapshotTeacher(trunk), **{"num_epochs": 2, setting: value}
+            ContrastiveLoss(), SnapshotTeacher(trunk), **{"num_epochs": 2, name: value}
         )
     with pytest.raises(ValueError, match=r"decay must lie in \[0, 1\), got 1"):
         EMATeacher(trunk, decay=1)
 
 
-class Data(torch.utils.data.Dataset):
+class OneHotDataset(torch.utils.data.Dataset):
     def __init__(self):
         generator = torch.Generator().manual_seed(2)
         self.labels = torch.arange(48) % C
@@ -326,7 +328,7 @@ class Data(torch.utils.data.Dataset):
         return self.x[i], int(self.labels[i])
 
 
-def trainer(run, hook=None, classifier=False, **kwargs):
+def make_trainer(run, hook=None, classifier=False, **kwargs):
     models = {"trunk": run.trunk, "embedder": run.embedder}
     losses = {"metric_loss": run.loss}
     if classifier:
@@ -337,7 +339,7 @@ def trainer(run, hook=None, classifier=False, **kwargs):
         {f"{k}_optimizer": torch.optim.Adam(m.parameters(), 0.01) for k, m in models.items()},
         12,
         losses,
-        Data(),
+        OneHotDataset(),
         data_device=torch.device("cpu"),
         dataloader_num_workers=0,
         end_of_epoch_hook=run.loss.end_of_epoch_hook(hook),
@@ -352,7 +354,7 @@ def trainer(run, hook=None, classifier=False, **kwargs):
     [{}, {"tuple_miner": MultiSimilarityMiner()}],
     ids=["no miner", "tuple miner"],
 )
-def test_in_unchanged_trainers_with_a_tester(teacher, classifier, mining_funcs):
+def test_works_in_the_trainers_of_pml_with_a_tester(teacher, classifier, mining_funcs):
     run = Run(teacher)
     tester = GlobalEmbeddingSpaceTester(
         accuracy_calculator=AccuracyCalculator(include=("precision_at_1",), k=1),
@@ -363,55 +365,55 @@ def test_in_unchanged_trainers_with_a_tester(teacher, classifier, mining_funcs):
 
     def hook(trainer):
         weights.append(run.loss.weight)
-        tester.test({"val": Data()}, trainer.epoch, *list(trainer.models.values())[:2])
+        tester.test({"val": OneHotDataset()}, trainer.epoch, *list(trainer.models.values())[:2])
 
-    trainer(run, hook, classifier, mining_funcs=mining_funcs).train(num_epochs=4)
+    make_trainer(run, hook, classifier, mining_funcs=mining_funcs).train(num_epochs=4)
     assert weights == [12.5, 25.0, 37.5, 50.0]
     assert run.loss.distillation_loss > 0
 
 
-def test_with_a_subset_batch_miner():
+def test_works_with_a_subset_batch_miner():
     class FirstHalf(BatchEasyHardMiner):
         def forward(self, embeddings, labels):
             return torch.arange(len(labels) // 2)
 
     run = Run()
-    trainer(run, mining_funcs={"subset_batch_miner": FirstHalf()}).train(num_epochs=2)
+    make_trainer(run, mining_funcs={"subset_batch_miner": FirstHalf()}).train(num_epochs=2)
     assert run.loss.distillation_loss > 0
 
 
-def test_the_hooks_return_value_is_passed_on():
+def test_the_hook_returns_the_result_of_the_next_hook():
     run = Run()
-    seen = []
+    epochs = []
 
-    def stop(trainer):
-        seen.append((trainer.epoch, run.loss.epoch))
-        return len(seen) < 2
+    def stop_after_two(trainer):
+        epochs.append((trainer.epoch, run.loss.epoch))
+        return len(epochs) < 2
 
-    trainer(run, stop).train(num_epochs=5)
-    assert seen == [(1, 1), (2, 2)]
+    make_trainer(run, stop_after_two).train(num_epochs=5)
+    assert epochs == [(1, 1), (2, 2)]
     assert run.loss.end_of_epoch_hook()(type("Trainer", (), {"epoch": 3})) is None
 
 
-def test_a_resumed_trainers_epochs_count_on():
+def test_the_epoch_of_a_resumed_trainer_is_continued():
     run = Run()
-    trainer(run).train(start_epoch=3, num_epochs=3)
+    make_trainer(run).train(start_epoch=3, num_epochs=3)
     assert run.loss.epoch == 3
 
 
-def test_distillation_holds_the_network_back():
-    # A strong teacher's pull keeps similarities where they were; alone, the loss moves them.
+def test_distillation_slows_the_drift_of_the_similarities():
     def drift(alpha):
+        """The mean squared change of the similarities in an epoch."""
         np.random.seed(0)
         run = Run(alpha=alpha, num_epochs=4)
         for _ in range(3):
-            run.epoch(steps=10)
+            run.train_epoch(steps=10)
             run.loss.end_epoch()
         x = torch.cat([x for x, _ in batches(10)])
         run.trunk.eval()
         before = nn.functional.normalize(run.embedder(run.trunk(x)))
         run.trunk.train()
-        run.epoch(steps=10)
+        run.train_epoch(steps=10)
         run.trunk.eval()
         after = nn.functional.normalize(run.embedder(run.trunk(x)))
         return (before @ before.T - after @ after.T).square().mean()
@@ -422,7 +424,7 @@ def test_distillation_holds_the_network_back():
 @pytest.mark.parametrize("teacher", TEACHERS)
 def test_trunk_and_loss_can_be_pickled(teacher):
     run = Run(teacher)
-    run.epoch()
+    run.train_epoch()
     run.loss.end_epoch()
     x, labels = next(batches(1))
     run.trunk(x)

@@ -9,12 +9,12 @@ from pml_extras.functional import center_contrastive_loss
 
 def margined_logits(x, c, labels, scale, margin):
     cosines = normalize(x) @ normalize(c).T
-    own = torch.nn.functional.one_hot(labels, len(c)).to(x.dtype)
-    return scale * (cosines - margin * own)
+    is_target = torch.nn.functional.one_hot(labels, len(c)).to(x.dtype)
+    return scale * (cosines - margin * is_target)
 
 
 def plain_loss(x, c, labels, scale, margin, center_weight, label_smoothing=0.0):
-    """The formula in its most literal form, for float64."""
+    """The formula in plain torch operations, for float64."""
     contrast = cross_entropy(
         margined_logits(x, c, labels, scale, margin),
         labels,
@@ -63,9 +63,10 @@ def test_gradcheck(batch):
     )
 
 
-def test_published_gradients_with_respect_to_the_cosines(batch):
-    # dL/dpos = -s (1 - p_y) - 2 lambda and dL/dcos_j = s p_j, seen through orthonormal centers,
-    # whose cosines are the coordinates of a unit vector; its gradient is projected on the sphere.
+def test_gradients_equal_the_published_ones(batch):
+    # The paper states dL/dcos_y = -s (1 - p_y) - 2 lambda and dL/dcos_j = s p_j. With orthonormal
+    # centers, the cosines are the coordinates of a normalized embedding. Its gradient is the
+    # projection of these derivatives on the tangent plane of the sphere.
     labels, s, m, weight = torch.tensor([2]), 16.0, 0.2, 1.5
     x = normalize(torch.randn(1, 5, dtype=torch.float64)).requires_grad_()
     center_contrastive_loss(
@@ -78,51 +79,51 @@ def test_published_gradients_with_respect_to_the_cosines(batch):
     assert torch.allclose(x.grad, tangent, atol=1e-12)
 
 
-def test_rescaling_changes_nothing(batch):
+def test_rescaling_the_inputs_does_not_change_the_loss(batch):
     x, c, labels = batch
     loss = center_contrastive_loss(x, c, labels)
     row_scales = torch.rand(len(x), 1, dtype=x.dtype) * 100 + 0.01
     assert torch.allclose(center_contrastive_loss(x * row_scales, c * 1e-3, labels), loss)
 
 
-def test_float32_keeps_its_accuracy_on_easy_samples():
+def test_float32_is_accurate_on_easy_samples():
     scale, margin = 64.0, 0.35
     c = normalize(torch.randn(20, 256, dtype=torch.float64))
     labels = torch.randint(20, (200,))
     x = c[labels] + 0.01 * torch.randn(200, 256, dtype=torch.float64)
     exact = center_contrastive_loss(x, c, labels, scale=scale, margin=margin, center_weight=0)
-    assert exact.max() < 1e-6  # easy indeed
+    assert exact.max() < 1e-6  # the samples are easy
 
     def worst_error(losses):
         return float(((losses.double() - exact) / exact).abs().max())
 
-    ours = center_contrastive_loss(
+    actual = center_contrastive_loss(
         x.float(), c.float(), labels, scale=scale, margin=margin, center_weight=0
     )
-    usual = cross_entropy(
+    naive = cross_entropy(
         margined_logits(x.float(), c.float(), labels, scale, margin), labels, reduction="none"
     )
-    assert worst_error(ours) < 1e-4
-    assert worst_error(usual) > 0.5
+    assert worst_error(actual) < 1e-4
+    assert worst_error(naive) > 0.5
 
 
-def test_unseen_classes_take_no_part(batch):
+def test_masked_classes_take_no_part(batch):
     x, c, labels = batch
     class_mask = torch.ones(9, dtype=torch.bool)
     class_mask[labels.unique()[0]] = False
-    keep = class_mask[labels]
-    renumbered = (class_mask.cumsum(0) - 1)[labels[keep]]
+    selected = class_mask[labels]
+    remapped_labels = (class_mask.cumsum(0) - 1)[labels[selected]]
     for smoothing in (0.0, 0.2):
         actual = center_contrastive_loss(
-            x[keep], c, labels[keep], label_smoothing=smoothing, class_mask=class_mask
+            x[selected], c, labels[selected], label_smoothing=smoothing, class_mask=class_mask
         )
         expected = center_contrastive_loss(
-            x[keep], c[class_mask], renumbered, label_smoothing=smoothing
+            x[selected], c[class_mask], remapped_labels, label_smoothing=smoothing
         )
         assert torch.allclose(actual, expected)
 
 
-def test_one_class_has_nothing_to_contrast_with():
+def test_the_contrast_with_a_single_class_is_zero():
     x, c = torch.randn(4, 3, requires_grad=True), torch.randn(1, 3, requires_grad=True)
     labels = torch.zeros(4, dtype=torch.long)
     assert torch.equal(center_contrastive_loss(x, c, labels, center_weight=0), torch.zeros(4))
@@ -131,7 +132,7 @@ def test_one_class_has_nothing_to_contrast_with():
     assert c.grad.isfinite().all()
 
 
-def test_low_precision_is_computed_in_float32(batch):
+def test_half_precision_is_computed_in_float32(batch):
     x, c, labels = batch
     for dtype in (torch.bfloat16, torch.float16):
         expected = center_contrastive_loss(x.to(dtype).float(), c.float(), labels)

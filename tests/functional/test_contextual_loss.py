@@ -8,6 +8,7 @@ from pytorch_metric_learning.distances import CosineSimilarity
 from pytorch_metric_learning.losses import ContrastiveLoss
 from torch.nn.functional import normalize
 
+from helpers.golden import relative_error
 from pml_extras.functional import contextual_loss, contextual_similarity, pairwise_cosine
 from pml_extras.functional._kernels.sparse_contextual import (
     prefers_sparse,
@@ -29,7 +30,7 @@ def clustered(num_classes, per_class, dim, noise=0.6, dtype=torch.float64):
 
 
 @IMPLEMENTATIONS
-def test_golden(contextual_case, relative_error, implementation):
+def test_equals_the_golden_values(contextual_case, implementation):
     case = contextual_case
     x = case["embeddings"].requires_grad_()
     terms = contextual_loss(
@@ -50,22 +51,22 @@ def test_golden(contextual_case, relative_error, implementation):
 
 
 @IMPLEMENTATIONS
-def test_contextual_term_is_the_squared_error_of_the_similarity(implementation):
+def test_contextual_term_is_the_mean_squared_error_of_the_similarity(implementation):
     x, labels = torch.randn(12, 5, dtype=torch.float64), torch.arange(12) % 3
     s = contextual_similarity(2 - 2 * pairwise_cosine(x))
-    total = 0.0
+    sum_of_errors = 0.0
     for i in range(12):
         for j in range(12):
             if i != j:
                 target = 1.0 if labels[i] == labels[j] else 0.0
-                total += float((s[i, j] - target) ** 2)
+                sum_of_errors += float((s[i, j] - target) ** 2)
     loss = contextual_loss(x, labels, implementation=implementation).contextual.mean()
-    assert float(loss) == pytest.approx(total / 144, rel=1e-12)
+    assert float(loss) == pytest.approx(sum_of_errors / 144, rel=1e-12)
 
 
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("margins", [(0.75, 0.6), (1.0, 0.0), (-1.0, 1.0)])
-def test_contrastive_term_is_pmls_contrastive_loss(margins, implementation, relative_error):
+def test_contrastive_term_equals_pml_contrastive_loss(margins, implementation):
     x, labels = torch.randn(24, 6, dtype=torch.float64, requires_grad=True), torch.arange(24) % 5
     expected = ContrastiveLoss(*margins, distance=CosineSimilarity())(x, labels)
     actual = contextual_loss(
@@ -75,7 +76,7 @@ def test_contrastive_term_is_pmls_contrastive_loss(margins, implementation, rela
     assert torch.allclose(grad(actual, x), grad(expected, x), atol=1e-14)
 
 
-def test_mean_similarity_is_over_all_pairs_and_self_pairs():
+def test_mean_similarity_is_over_all_pairs_including_self_pairs():
     x, labels = torch.randn(9, 4, dtype=torch.float64), torch.arange(9)
     mean = (normalize(x) @ normalize(x).T).mean()
     loss = contextual_loss(x, labels, target_similarity=0.3).similarity
@@ -99,7 +100,7 @@ def test_half_precision_and_autocast_do_not_change_the_neighborhoods():
         assert torch.equal(contextual_loss(x, labels).contextual, expected)
 
 
-def test_all_references_but_copies_of_the_sample_count():
+def test_self_matches_among_the_references_are_left_out():
     x, references = torch.randn(6, 4), torch.randn(9, 4)
     labels, ref_labels = torch.arange(6) % 2, torch.arange(9) % 2
     loss = functools.partial(contextual_loss, num_neighbors=3)
@@ -120,7 +121,7 @@ def test_all_references_but_copies_of_the_sample_count():
     assert torch.allclose(loss(x, labels, references, ref_labels).contextual, expected.mean(1))
 
 
-def test_pair_weights_count_pairs():
+def test_pair_weights_repeat_pairs():
     x, labels = torch.randn(8, 4, dtype=torch.float64), torch.arange(8) % 2
     positives, negatives = torch.randint(3, (2, 8, 8)).double()
     excess = (0.75 - pairwise_cosine(x)).relu(), (pairwise_cosine(x) - 0.6).relu()
@@ -135,7 +136,7 @@ def test_pair_weights_count_pairs():
         assert float(terms.contrastive.mean()) == pytest.approx(expected)
 
 
-def test_auto_takes_sparse_for_small_neighborhoods_and_classes():
+def test_auto_prefers_sparse_for_small_neighborhoods_and_classes():
     if not torch.backends.mkl.is_available():
         pytest.skip("torch is built without the sparse products of MKL")
 
@@ -148,7 +149,7 @@ def test_auto_takes_sparse_for_small_neighborhoods_and_classes():
     assert not is_sparse(x[:200], labels[:200])  # a small batch
     assert not is_sparse(x, labels % 3)  # large classes
     assert not is_sparse(x, labels, slack=1.5)  # large neighborhoods
-    assert not is_sparse(torch.ones_like(x), labels)  # all equal
+    assert not is_sparse(torch.ones_like(x), labels)  # one neighborhood of all
 
 
 def test_sparse_does_not_support_references():

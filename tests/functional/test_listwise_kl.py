@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch.nn.functional import kl_div, normalize
 
+from helpers.golden import relative_error
 from pml_extras.functional import listwise_kl
 
 
-def test_golden(listwise_case, relative_error):
+def test_equals_the_golden_values(listwise_case):
     case = listwise_case
     student = case["student"].requires_grad_()
     kl = listwise_kl(student, case["teacher"], temperature=float(case["temperature"])).mean()
@@ -28,8 +29,8 @@ def test_equals_a_loop_over_samples(temperature):
         assert float(actual[i]) == pytest.approx(float(kl_div(q, p, reduction="sum")), rel=1e-9)
 
 
-def test_gradient_is_the_closed_form():
-    # d(mean KL)/dS = (P - Q) / (tau N), with the sign of a divergence: towards the teacher.
+def test_gradient_equals_the_closed_form():
+    # d(mean KL)/dS = (Q - P) / (tau N): gradient descent moves the student toward the teacher.
     tau = 0.3
     student = torch.randn(8, 4, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(8, 4, dtype=torch.float64)
@@ -43,7 +44,7 @@ def test_gradient_is_the_closed_form():
 
 @pytest.mark.parametrize("shape", [(6, 3), (8, 2), (33, 2)])
 @pytest.mark.parametrize("include_self", [True, False])
-def test_derivatives(shape, include_self):
+def test_gradcheck(shape, include_self):
     student = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(shape, dtype=torch.float64)
 
@@ -54,7 +55,7 @@ def test_derivatives(shape, include_self):
     assert torch.autograd.gradgradcheck(kl, student)
 
 
-def test_zero_when_student_and_teacher_coincide():
+def test_is_zero_when_student_and_teacher_coincide():
     x = torch.randn(10, 4, requires_grad=True)
     for include_self in (True, False):
         kl = listwise_kl(x, 3 * x.detach(), temperature=0.1, include_self=include_self)
@@ -64,7 +65,7 @@ def test_zero_when_student_and_teacher_coincide():
         assert torch.autograd.grad(kl.sum(), x)[0].abs().max() < 1e-6
 
 
-def test_never_negative_when_nearly_equal():
+def test_is_not_negative_when_nearly_zero():
     x = torch.randn(64, 8)
     kl = listwise_kl(x + 1e-4 * torch.randn_like(x), x, temperature=0.1)
     assert kl.min() >= 0
@@ -72,7 +73,7 @@ def test_never_negative_when_nearly_equal():
     assert (listwise_kl(x + 1e-4, x, temperature=0.1).double() - exact).abs().max() < 1e-7
 
 
-def test_without_self_the_list_has_the_others_only():
+def test_without_self_the_list_holds_the_other_samples():
     student = torch.randn(5, 3, dtype=torch.float64)
     teacher = torch.randn(5, 3, dtype=torch.float64)
     actual = listwise_kl(student, teacher, include_self=False)

@@ -16,7 +16,7 @@ from pml_extras.functional import (
 
 
 @pytest.fixture(params=["faiss", "torch"])
-def _search(request, monkeypatch):
+def _search_library(request, monkeypatch):
     if request.param == "torch":
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     else:
@@ -28,25 +28,25 @@ def mixture(num_references, dim=10, noise=0.5):
     return centers + noise * torch.randn(num_references, dim)
 
 
-def brute_force(query, references, k, weight, are_references):
+def brute_force(query, references, k, weight, queries_are_references):
     cosine = pairwise_cosine(query, references)
     ref_distances = 1 - pairwise_cosine(references)
-    if are_references:
+    if queries_are_references:
         context = contextual_similarity(ref_distances, num_neighbors=k, slack=0.0)[: len(query)]
     else:
         context = contextual_similarity(1 - cosine, ref_distances, num_neighbors=k, slack=0.0)
     return (1 - weight) * (1 - context) + weight * (1 - cosine) / 2
 
 
-@pytest.mark.usefixtures("_search")
-@pytest.mark.parametrize("are_references", [True, False])
+@pytest.mark.usefixtures("_search_library")
+@pytest.mark.parametrize("queries_are_references", [True, False])
 @pytest.mark.parametrize(("num_references", "k"), [(60, 7), (60, 20), (30, 30), (40, 1), (5, 9)])
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
-def test_equals_brute_force(are_references, num_references, k, weight):
+def test_equals_brute_force(queries_are_references, num_references, k, weight):
     references = mixture(num_references)
-    query = references[:20] if are_references else mixture(20)
-    own = torch.arange(len(query)) if are_references else None
-    expected = brute_force(query, references, k, weight, are_references)
+    query = references[:20] if queries_are_references else mixture(20)
+    query_indices = torch.arange(len(query)) if queries_are_references else None
+    expected = brute_force(query, references, k, weight, queries_are_references)
     index = build_reference_index(references, num_neighbors=k)
     distances, indices = contextual_rerank(
         query,
@@ -54,7 +54,7 @@ def test_equals_brute_force(are_references, num_references, k, weight):
         num_references,
         num_candidates=num_references,
         distance_weight=weight,
-        query_indices=own,
+        query_indices=query_indices,
     )
     assert torch.allclose(distances, expected.gather(1, indices), atol=1e-6)
     assert torch.allclose(distances, expected.sort(1).values, atol=1e-6)
@@ -66,14 +66,14 @@ def test_chunks_do_not_change_the_result(monkeypatch):
     index = build_reference_index(references, num_neighbors=8)
     expected = contextual_rerank(query, index, 10)
     monkeypatch.setattr(_reranking, "CHUNK_NUMEL", 700)
-    again = build_reference_index(references, num_neighbors=8)
-    assert all(torch.equal(a, b) for a, b in zip(again, index, strict=True))
-    found = contextual_rerank(query, again, 10)
-    assert torch.allclose(found[0], expected[0], atol=1e-6)
-    assert torch.equal(found[1], expected[1])
+    chunked_index = build_reference_index(references, num_neighbors=8)
+    assert all(torch.equal(a, b) for a, b in zip(chunked_index, index, strict=True))
+    actual = contextual_rerank(query, chunked_index, 10)
+    assert torch.allclose(actual[0], expected[0], atol=1e-6)
+    assert torch.equal(actual[1], expected[1])
 
 
-def test_the_reference_index():
+def test_the_index_holds_neighbors_similarities_and_reciprocity():
     references = mixture(40)
     index = build_reference_index(references, num_neighbors=6)
     cosine = pairwise_cosine(references)
@@ -82,13 +82,13 @@ def test_the_reference_index():
     assert torch.allclose(
         index.candidate_similarity[:, :6], cosine.gather(1, index.neighbors), atol=1e-6
     )
-    first = index.neighbors[:, :3].tolist()
+    half_knn = index.neighbors[:, :3].tolist()
     for i in range(40):
-        assert index.is_reciprocal_half[i].tolist() == [i in first[j] for j in first[i]]
+        assert index.is_reciprocal_half[i].tolist() == [i in half_knn[j] for j in half_knn[i]]
 
 
 def test_duplicates_find_themselves_first():
-    references = mixture(10).repeat(4, 1)  # each four times
+    references = mixture(10).repeat(4, 1)  # four copies of each
     index = build_reference_index(references, num_neighbors=4)
     assert torch.equal(index.neighbors[:, 0], torch.arange(40))
     distances, indices = contextual_rerank(references, index, 4, query_indices=torch.arange(40))
@@ -99,15 +99,16 @@ def test_duplicates_find_themselves_first():
 def test_only_candidates_are_reranked():
     references, query = mixture(60), mixture(8)
     index = build_reference_index(references, num_neighbors=5)
-    full = contextual_rerank(query, index, 60, num_candidates=60)
-    few, indices = contextual_rerank(query, index, 12, num_candidates=12)
-    nearest = pairwise_cosine(query, references).topk(12).indices
-    assert torch.equal(indices.sort(1).values, nearest.sort(1).values)
-    assert few.min() >= full[0].min() - 1e-6
+    all_distances, _ = contextual_rerank(query, index, 60, num_candidates=60)
+    distances, indices = contextual_rerank(query, index, 12, num_candidates=12)
+    candidates = pairwise_cosine(query, references).topk(12).indices
+    assert torch.equal(indices.sort(1).values, candidates.sort(1).values)
+    assert distances.min() >= all_distances.min() - 1e-6
 
 
-def test_context_corrects_a_distance():
-    # A chain leads away from the query, and another group begins nearer to it than the chain ends.
+def test_context_corrects_the_order_of_the_distances():
+    # Points 0 to 3 are a chain that starts at the query. Point 4 belongs to another group, but is
+    # nearer to the query than the end of the chain.
     angles = torch.tensor([0.0, 0.12, 0.24, 0.36, -0.33, -0.40, -0.45, -0.5])
     points = torch.stack([angles.cos(), angles.sin()], 1)
     index = build_reference_index(points, num_neighbors=4)
@@ -123,7 +124,7 @@ def test_context_corrects_a_distance():
     assert pairwise_cosine(points)[0, 3] < pairwise_cosine(points)[0, 4]
 
 
-def test_half_precision_and_scale():
+def test_accepts_half_precision_and_rescaled_inputs():
     references, query = mixture(40), mixture(9)
     expected = contextual_rerank(query, build_reference_index(references, num_neighbors=5), 40)
     scaled = contextual_rerank(

@@ -19,48 +19,48 @@ def mixture(num_classes=12, per_class=15, dim=16, noise=1.1):
     return centers[labels] + noise * spread, labels
 
 
-def accuracy(knn_func, *args, **kwargs):
+def get_accuracy(knn_func, *args, **kwargs):
     calculator = AccuracyCalculator(include=METRICS, k="max_bin_count", knn_func=knn_func)
     return calculator.get_accuracy(*args, **kwargs)
 
 
-def test_helps_retrieval_in_overlapping_classes():
+def test_improves_retrieval_of_overlapping_classes():
     x, labels = mixture()
-    plain = accuracy(CustomKNN(CosineSimilarity()), x, labels)
-    context = accuracy(ContextualKNN(num_neighbors=15), x, labels)
-    gain = context["mean_average_precision_at_r"] - plain["mean_average_precision_at_r"]
+    plain = get_accuracy(CustomKNN(CosineSimilarity()), x, labels)
+    contextual = get_accuracy(ContextualKNN(num_neighbors=15), x, labels)
+    gain = contextual["mean_average_precision_at_r"] - plain["mean_average_precision_at_r"]
     assert gain > 0.05
 
 
-def test_distance_weight_one_is_plain_search():
+def test_distance_weight_one_equals_plain_search():
     x, labels = mixture()
     query, _ = mixture(per_class=3)
-    ours, plain = ContextualKNN(distance_weight=1.0), CustomKNN(CosineSimilarity())
-    assert torch.equal(ours(x, 10, x, True)[1], plain(x, 10, x, True)[1])
-    assert torch.equal(ours(query, 10, x)[1], plain(query, 10, x)[1])
-    assert accuracy(ours, x, labels) == accuracy(plain, x, labels)
+    contextual, plain = ContextualKNN(distance_weight=1.0), CustomKNN(CosineSimilarity())
+    assert torch.equal(contextual(x, 10, x, True)[1], plain(x, 10, x, True)[1])
+    assert torch.equal(contextual(query, 10, x)[1], plain(query, 10, x)[1])
+    assert get_accuracy(contextual, x, labels) == get_accuracy(plain, x, labels)
 
 
-def test_query_in_a_larger_reference():
+def test_the_reference_may_include_the_query():
     x, labels = mixture()
     query, query_labels = x[:40], labels[:40]
-    found = ContextualKNN()(query, 20, x, True)[1]
-    assert found.shape == (40, 20)
-    assert not (found == torch.arange(40)[:, None]).any()
-    whole = ContextualKNN()(x, 20, x, True)[1]
-    assert torch.equal(found, whole[:40])
-    result = accuracy(ContextualKNN(), query, query_labels, x, labels, ref_includes_query=True)
+    indices = ContextualKNN()(query, 20, x, True)[1]
+    assert indices.shape == (40, 20)
+    assert not (indices == torch.arange(40)[:, None]).any()
+    all_indices = ContextualKNN()(x, 20, x, True)[1]
+    assert torch.equal(indices, all_indices[:40])
+    result = get_accuracy(ContextualKNN(), query, query_labels, x, labels, ref_includes_query=True)
     assert 0 < result["precision_at_1"] <= 1
 
 
-@pytest.mark.parametrize("includes", [False, True])
-def test_more_neighbours_than_references(includes):
+@pytest.mark.parametrize("ref_includes_query", [False, True])
+def test_returns_all_references_if_k_is_larger(ref_includes_query):
     x, _ = mixture(num_classes=2, per_class=4)
-    distances, indices = ContextualKNN()(x, 50, x, includes)
-    assert indices.shape == distances.shape == (8, 8 - includes)
+    distances, indices = ContextualKNN()(x, 50, x, ref_includes_query)
+    assert indices.shape == distances.shape == (8, 8 - ref_includes_query)
 
 
-def test_in_a_tester_and_an_inference_model(tmp_path):
+def test_works_in_a_tester_and_an_inference_model(tmp_path):
     x, labels = mixture()
     data = torch.utils.data.TensorDataset(x, labels)
     tester = GlobalEmbeddingSpaceTester(
@@ -71,15 +71,16 @@ def test_in_a_tester_and_an_inference_model(tmp_path):
         data_device=torch.device("cpu"),
     )
     result = tester.test({"val": data}, 0, torch.nn.Identity())["val"]
-    assert result["precision_at_1_level0"] == accuracy(ContextualKNN(), x, labels)["precision_at_1"]
+    expected = get_accuracy(ContextualKNN(), x, labels)["precision_at_1"]
+    assert result["precision_at_1_level0"] == expected
 
     knn = ContextualKNN()
     model = InferenceModel(torch.nn.Identity(), knn_func=knn, data_device=torch.device("cpu"))
     model.train_knn(x[:100])
     model.add_to_knn(x[100:])
     expected = ContextualKNN()(x[:5], 7, x)
-    found = model.get_nearest_neighbors(x[:5], 7)
-    assert torch.equal(found[1], expected[1])
+    actual = model.get_nearest_neighbors(x[:5], 7)
+    assert torch.equal(actual[1], expected[1])
 
     model.save_knn_func(tmp_path / "references.pt")
     knn.reset()
@@ -92,7 +93,7 @@ def test_in_a_tester_and_an_inference_model(tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_references_go_where_the_queries_are(tmp_path):
+def test_references_move_to_the_device_of_the_queries(tmp_path):
     x = torch.randn(50, 8)
     knn = ContextualKNN(num_neighbors=10)
     knn.train(x.cuda())
@@ -107,21 +108,21 @@ def test_references_go_where_the_queries_are(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"), [("num_neighbors", 0), ("num_candidates", 0), ("distance_weight", 1.1)]
+    ("name", "value"), [("num_neighbors", 0), ("num_candidates", 0), ("distance_weight", 1.1)]
 )
-def test_settings(setting, value):
-    with pytest.raises(ValueError, match=f"^{setting} must .*, got {value!r}"):
-        ContextualKNN(**{setting: value})
+def test_invalid_hyperparameters_are_reported(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must .*, got {value!r}"):
+        ContextualKNN(**{name: value})
     assert repr(ContextualKNN(num_neighbors=7, num_candidates=50, distance_weight=0.5)) == (
         "ContextualKNN(num_neighbors=7, num_candidates=50, distance_weight=0.5)"
     )
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_rows_that_are_not_finite_are_refused(bad):
+@pytest.mark.parametrize("bad_value", [float("nan"), float("inf")])
+def test_rows_that_are_not_finite_are_rejected(bad_value):
     x = torch.randn(50, 4)
     broken = x.clone()
-    broken[3, 1] = bad
+    broken[3, 1] = bad_value
     for query, reference, name in ((broken, x, "query"), (x, broken, "reference")):
         with pytest.raises(ValueError, match=f"{name} must be finite, and row 3 is not"):
             ContextualKNN()(query, 5, reference)
@@ -129,28 +130,28 @@ def test_rows_that_are_not_finite_are_refused(bad):
         ContextualKNN()(x, 5, x[:0])
 
 
-def test_float64():
+def test_accepts_float64():
     x = torch.randn(50, 4, dtype=torch.float64)
     distances, _ = ContextualKNN(num_neighbors=5)(x, 5, x, True)
     expected = ContextualKNN(num_neighbors=5)(x.float(), 5, x.float(), True)
     assert torch.allclose(distances, expected[0].double(), atol=1e-6)
 
 
-def test_dtypes_may_differ():
+def test_dtypes_of_query_and_reference_may_differ():
     x, references = torch.randn(2, 50, 4).half().float()
     expected = ContextualKNN(num_neighbors=5)(x, 5, references)
-    for query, given in (
+    for query, reference in (
         (x.double(), references),
         (x, references.double()),
         (x.half(), references),
     ):
         knn = ContextualKNN(num_neighbors=5)
-        knn.train(given)
-        for found in (knn(query, 5), knn(query, 5, given)):
-            assert torch.allclose(found[0].float(), expected[0], atol=1e-6)
+        knn.train(reference)
+        for actual in (knn(query, 5), knn(query, 5, reference)):
+            assert torch.allclose(actual[0].float(), expected[0], atol=1e-6)
 
 
-def test_shapes_are_checked():
+def test_invalid_shapes_and_dtypes_are_reported():
     knn, x = ContextualKNN(num_neighbors=5), torch.randn(20, 4)
     with pytest.raises(ValueError, match=r"query must have shape \(batch_size, 4\), got \(20, 3\)"):
         knn(x[:, :3], 5, x)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.functional import one_hot
 from torch.utils.data import TensorDataset
 
+from helpers.state import same_state, state_of
 from pml_extras.functional import label_vote
 from pml_extras.label_noise import LabelNoiseDetector
 
@@ -27,15 +28,15 @@ def embeddings(labels):
     return one_hot(labels).float() + 0.1 * torch.randn(len(labels), 4)
 
 
-def test_scores_are_averages_over_updates(labels):
-    detector, seen = LabelNoiseDetector(labels, num_neighbors=6), []
+def test_scores_are_means_over_the_updates(labels):
+    detector, votes = LabelNoiseDetector(labels, num_neighbors=6), []
     for _ in range(3):
         x = torch.randn(N, 4)
-        seen.append(label_vote(x, labels, num_neighbors=6))
+        votes.append(label_vote(x, labels, num_neighbors=6))
         detector.update(x)
     assert detector.num_updates == 3
-    assert torch.allclose(detector.scores, torch.stack([v.vote_lift for v in seen]).mean(0))
-    assert torch.equal(detector.suggested_labels, seen[-1].suggested_label)
+    assert torch.allclose(detector.scores, torch.stack([v.vote_lift for v in votes]).mean(0))
+    assert torch.equal(detector.suggested_labels, votes[-1].suggested_label)
 
 
 def test_flags_nothing_before_the_first_update(labels):
@@ -48,24 +49,23 @@ def test_flags_wrong_labels_most_suspicious_first(labels):
     detector = LabelNoiseDetector(noisy_labels, num_neighbors=8)
     for _ in range(2):
         detector.update(embeddings(labels))
-    found = detector.find_label_issues()
-    assert set(found.tolist()) == {3, 17, 30}
-    assert (detector.scores[found].diff() >= 0).all()
+    issues = detector.find_label_issues()
+    assert set(issues.tolist()) == {3, 17, 30}
+    assert (detector.scores[issues].diff() >= 0).all()
     assert torch.equal(detector.suggested_labels, labels)
 
 
-def test_goes_on_where_it_stopped(labels):
+def test_a_loaded_state_dict_continues_the_updates(labels):
     x, y = torch.randn(2, N, 4)
-    whole = LabelNoiseDetector(labels, num_neighbors=6).update(x).update(y)
-    first = LabelNoiseDetector(labels, num_neighbors=6).update(x)
-    second = LabelNoiseDetector(torch.zeros(N, dtype=torch.long), num_neighbors=6)
-    second.load_state_dict(first.state_dict())
-    second.update(y)
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, second.state_dict()[name])
+    expected = LabelNoiseDetector(labels, num_neighbors=6).update(x).update(y)
+    saved = LabelNoiseDetector(labels, num_neighbors=6).update(x)
+    loaded = LabelNoiseDetector(torch.zeros(N, dtype=torch.long), num_neighbors=6)
+    loaded.load_state_dict(saved.state_dict())
+    loaded.update(y)
+    assert same_state(state_of(loaded), state_of(expected))
 
 
-def test_writes_a_table(labels, tmp_path):
+def test_writes_a_csv_table(labels, tmp_path):
     noisy_labels = labels.clone()
     noisy_labels[3] = 0
     detector = LabelNoiseDetector(noisy_labels, num_neighbors=8).update(embeddings(labels))
@@ -89,16 +89,16 @@ def test_writes_a_table(labels, tmp_path):
     assert (tmp_path / "files.csv").read_text().splitlines()[1].startswith("3.png,0,")
 
 
-@pytest.mark.parametrize("answer", [None, False])
-def test_hook_updates_each_epoch_and_passes_on_what_the_next_says(labels, answer):
+@pytest.mark.parametrize("hook_result", [None, False])
+def test_the_hook_updates_each_epoch_and_returns_the_result_of_the_next_hook(labels, hook_result):
     dataset = TensorDataset(embeddings(labels), labels)
     detector = LabelNoiseDetector(labels, num_neighbors=8)
     tester = GlobalEmbeddingSpaceTester(dataloader_num_workers=0)
-    called = []
+    epochs = []
 
     def hook(trainer):
-        called.append(trainer.epoch)
-        return answer
+        epochs.append(trainer.epoch)
+        return hook_result
 
     network = nn.Linear(4, 3)
     trainer = MetricLossOnly(
@@ -112,13 +112,13 @@ def test_hook_updates_each_epoch_and_passes_on_what_the_next_says(labels, answer
         end_of_epoch_hook=detector.end_of_epoch_hook(tester, dataset, hook),
     )
     trainer.train(num_epochs=2)
-    assert called == ([1] if answer is False else [1, 2])
-    assert detector.num_updates == len(called)
+    assert epochs == ([1] if hook_result is False else [1, 2])
+    assert detector.num_updates == len(epochs)
     expected = label_vote(network(dataset.tensors[0]), labels, num_neighbors=8)
     assert torch.equal(detector.suggested_labels, expected.suggested_label)
 
 
-def test_hook_needs_no_next(labels):
+def test_the_hook_needs_no_next_hook_and_checks_the_labels(labels):
     dataset = TensorDataset(embeddings(labels), labels)
     detector = LabelNoiseDetector(labels, num_neighbors=8)
 
@@ -127,9 +127,9 @@ def test_hook_needs_no_next(labels):
 
     tester = GlobalEmbeddingSpaceTester(dataloader_num_workers=0)
     assert detector.end_of_epoch_hook(tester, dataset)(Trainer) is None
-    other = TensorDataset(dataset.tensors[0], labels.flip(0))
+    relabeled = TensorDataset(dataset.tensors[0], labels.flip(0))
     with pytest.raises(ValueError, match="labels are not the labels"):
-        detector.end_of_epoch_hook(tester, other)(Trainer)
+        detector.end_of_epoch_hook(tester, relabeled)(Trainer)
     assert detector.num_updates == 1
 
 
@@ -141,21 +141,21 @@ def test_hook_needs_no_next(labels):
         (torch.arange(3), 0, "num_neighbors must be a whole number"),
     ],
 )
-def test_refuses(labels, num_neighbors, message):
+def test_invalid_arguments_are_reported(labels, num_neighbors, message):
     with pytest.raises(ValueError, match=message):
         LabelNoiseDetector(labels, num_neighbors=num_neighbors)
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"),
+    ("x", "message"),
     [
         (torch.randn(3, 4), "of 40 samples, got 3"),
         (torch.randn(N), "shape"),
         (torch.full((N, 4), torch.nan), "finite, and row 0"),
     ],
 )
-def test_a_wrong_update_changes_nothing(labels, wrong, message):
+def test_an_invalid_update_changes_nothing(labels, x, message):
     detector = LabelNoiseDetector(labels)
     with pytest.raises(ValueError, match=message):
-        detector.update(wrong)
+        detector.update(x)
     assert detector.num_updates == 0

@@ -11,6 +11,7 @@ from pytorch_metric_learning.reducers import ClassWeightedReducer, DoNothingRedu
 from pytorch_metric_learning.regularizers import LpRegularizer, RegularFaceRegularizer
 from torch.nn.functional import normalize
 
+from helpers.state import same_state, state_of
 from pml_extras.losses import CenterContrastiveLoss
 
 C, D, N = 7, 5, 24
@@ -22,13 +23,13 @@ def batch():
 
 
 def with_centers(loss_func, centers):
-    """Give a PML loss, whose proxies are columns, the centers of one of ours."""
+    """Copy centers, (C, D), to the proxies of a PML loss, (D, C)."""
     with torch.no_grad():
         loss_func.W.copy_(centers.T)
     return loss_func
 
 
-def both_gradients(ours, theirs, x, labels):
+def losses_with_gradients(ours, theirs, x, labels):
     for loss_func, weights in ((ours, ours.centers), (theirs, theirs.W)):
         x = x.detach().clone().requires_grad_()
         loss = loss_func(x, labels)
@@ -37,28 +38,32 @@ def both_gradients(ours, theirs, x, labels):
 
 
 @pytest.mark.parametrize(("scale", "margin"), [(16, 0.2), (64, 0.35), (1, 1.0)])
-def test_without_the_center_term_it_is_pmls_cosface(batch, scale, margin):
+def test_without_the_center_term_equals_pml_cosface(batch, scale, margin):
     ours = CenterContrastiveLoss(C, D, scale=scale, margin=margin, center_weight=0)
     theirs = with_centers(CosFaceLoss(C, D, margin=margin, scale=scale), ours.centers)
-    (loss, dx, dc), (expected, expected_dx, expected_dw) = both_gradients(ours, theirs, *batch)
+    (loss, dx, dc), (expected, expected_dx, expected_dw) = losses_with_gradients(
+        ours, theirs, *batch
+    )
     assert torch.allclose(loss, expected, rtol=1e-5)
     assert torch.allclose(dx, expected_dx, rtol=1e-4, atol=1e-6)
     assert torch.allclose(dc, expected_dw.T, rtol=1e-4, atol=1e-6)
 
 
-def test_without_center_term_and_margin_it_is_pmls_normalized_softmax(batch):
+def test_without_center_term_and_margin_equals_pml_normalized_softmax(batch):
     ours = CenterContrastiveLoss(C, D, scale=20, margin=0, center_weight=0)
     theirs = with_centers(
         NormalizedSoftmaxLoss(C, D, temperature=1 / 20, distance=CosineSimilarity()), ours.centers
     )
-    (loss, dx, dc), (expected, expected_dx, expected_dw) = both_gradients(ours, theirs, *batch)
+    (loss, dx, dc), (expected, expected_dx, expected_dw) = losses_with_gradients(
+        ours, theirs, *batch
+    )
     assert torch.allclose(loss, expected, rtol=1e-5)
     assert torch.allclose(dx, expected_dx, rtol=1e-4, atol=1e-6)
     assert torch.allclose(dc, expected_dw.T, rtol=1e-4, atol=1e-6)
     assert torch.allclose(ours.get_logits(batch[0]), theirs.get_logits(batch[0]), atol=1e-5)
 
 
-def test_unchanged_when_embeddings_or_centers_are_rescaled(batch):
+def test_rescaling_embeddings_or_centers_does_not_change_the_loss(batch):
     x, labels = batch
     loss_func = CenterContrastiveLoss(C, D)
     expected = loss_func(x, labels)
@@ -68,7 +73,7 @@ def test_unchanged_when_embeddings_or_centers_are_rescaled(batch):
     assert torch.allclose(loss_func(x, labels), expected, rtol=1e-5)
 
 
-def test_training_makes_classes_of_centers(batch):
+def test_training_classifies_all_samples(batch):
     x, labels = batch
     loss_func = CenterContrastiveLoss(C, D)
     x.requires_grad_()
@@ -83,12 +88,12 @@ def test_training_makes_classes_of_centers(batch):
 def test_miner_tuples_weight_the_samples(batch):
     x, labels = batch
     loss_func = CenterContrastiveLoss(C, D, reducer=DoNothingReducer())
-    plain = loss_func(x, labels)["loss"]["losses"]
-    twice, once = torch.tensor([3, 3, 4]), torch.tensor([4, 5, 5])
-    weighted = loss_func(x, labels, (twice, once, once))["loss"]["losses"]
-    expected = torch.zeros(N)
-    expected[[3, 4, 5]] = torch.tensor([2 / 4, 3 / 4, 4 / 4])
-    assert torch.allclose(weighted, plain * expected)
+    unweighted = loss_func(x, labels)["loss"]["losses"]
+    anchors, others = torch.tensor([3, 3, 4]), torch.tensor([4, 5, 5])
+    weighted = loss_func(x, labels, (anchors, others, others))["loss"]["losses"]
+    weights = torch.zeros(N)
+    weights[[3, 4, 5]] = torch.tensor([2 / 4, 3 / 4, 4 / 4])
+    assert torch.allclose(weighted, unweighted * weights)
     loss_func(x, labels, MultiSimilarityMiner()(x, labels))
 
 
@@ -105,7 +110,7 @@ def test_weight_regularizer_acts_on_the_centers(batch):
         CenterContrastiveLoss(C, D, center_update="ema", weight_regularizer=LpRegularizer())
 
 
-def test_class_weights_are_pmls_reducer(batch):
+def test_class_weighted_reducer_weights_the_samples(batch):
     x, labels = batch
     weights = torch.rand(C)
     plain = CenterContrastiveLoss(C, D, reducer=DoNothingReducer())
@@ -119,18 +124,18 @@ def test_class_weights_are_pmls_reducer(batch):
     ("label", "index"), [(C, 4), (-1, 0), (1 << 40, N - 1)], ids=["C", "negative", "huge"]
 )
 @pytest.mark.parametrize("center_update", ["gradient", "ema"])
-def test_a_label_out_of_range_is_named_and_changes_nothing(batch, label, index, center_update):
+def test_a_label_out_of_range_is_reported_and_changes_nothing(batch, label, index, center_update):
     x, labels = batch
     labels[index] = label
     loss_func = CenterContrastiveLoss(C, D, center_update=center_update)
-    state = {k: v.clone() for k, v in loss_func.state_dict().items()}
+    before = state_of(loss_func)
     with pytest.raises(ValueError, match=rf"\[0, {C}\), got {label} at index {index}$"):
         loss_func(x, labels)
-    assert all(torch.equal(v, state[k]) for k, v in loss_func.state_dict().items())
+    assert same_state(state_of(loss_func), before)
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"),
+    ("name", "value"),
     [
         ("num_classes", 0),
         ("embedding_size", 0),
@@ -143,12 +148,12 @@ def test_a_label_out_of_range_is_named_and_changes_nothing(batch, label, index, 
         ("center_update", "sometimes"),
     ],
 )
-def test_bad_settings_are_named(setting, value):
-    with pytest.raises(ValueError, match=f"^{setting} must .*, got {value!r}"):
-        CenterContrastiveLoss(**{"num_classes": C, "embedding_size": D, setting: value})
+def test_invalid_hyperparameters_are_reported(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must .*, got {value!r}"):
+        CenterContrastiveLoss(**{"num_classes": C, "embedding_size": D, name: value})
 
 
-def test_bad_input_is_refused(batch):
+def test_invalid_input_is_rejected(batch):
     x, labels = batch
     loss_func = CenterContrastiveLoss(C, D)
     with pytest.raises(ValueError, match=r"shape \(batch_size, 5\), got \(24, 4\)"):
@@ -163,7 +168,7 @@ def test_bad_input_is_refused(batch):
         CenterContrastiveLoss(C, D, distance=LpDistance())
 
 
-def test_autocast_leaves_the_centers_in_float32(batch):
+def test_autocast_keeps_the_centers_in_float32(batch):
     loss_func = CenterContrastiveLoss(C, D)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = loss_func(batch[0].bfloat16(), batch[1])
@@ -171,7 +176,7 @@ def test_autocast_leaves_the_centers_in_float32(batch):
     assert loss.dtype == torch.float32
 
 
-class TestForgottenOptimizer:
+class TestForgottenOptimizerWarning:
     def train(self, loss_func, optimizer, batch, steps=150):
         for _ in range(steps):
             loss = loss_func(*batch)
@@ -181,44 +186,44 @@ class TestForgottenOptimizer:
             if optimizer is not None:
                 optimizer.step()
 
-    def test_is_told_of_once(self, batch):
+    def test_warns_once_if_the_optimizer_was_forgotten(self, batch):
         loss_func = CenterContrastiveLoss(C, D)
-        with pytest.warns(UserWarning, match="have not moved: give loss.parameters") as told:
+        with pytest.warns(UserWarning, match="have not moved: give loss.parameters") as record:
             self.train(loss_func, None, batch, steps=300)
-        assert len(told) == 1
+        assert len(record) == 1
 
     @pytest.mark.parametrize("foreach", [False, True])
     @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
-    def test_nothing_is_said_of_an_optimizer_at_work(self, batch, optimizer, foreach):
+    def test_does_not_warn_if_an_optimizer_steps(self, batch, optimizer, foreach):
         loss_func = CenterContrastiveLoss(C, D)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             self.train(loss_func, optimizer(loss_func.parameters(), 0.0, foreach=foreach), batch)
 
-    def test_nothing_is_said_of_a_fused_optimizer(self, batch):
-        # Which does not count what it changes.
+    def test_does_not_warn_if_a_fused_optimizer_steps(self, batch):
+        # A fused optimizer does not increment the version counters of the parameters.
         loss_func = CenterContrastiveLoss(C, D)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             optimizer = torch.optim.Adam(loss_func.parameters(), 0.1, fused=True)
             self.train(loss_func, optimizer, batch)
 
-    def test_nothing_is_said_of_centers_that_are_not_to_move(self, batch):
+    def test_does_not_warn_if_the_centers_need_no_optimizer(self, batch):
         x = batch[0].requires_grad_()
         frozen = CenterContrastiveLoss(C, D).requires_grad_(False)
-        average = CenterContrastiveLoss(C, D, center_update="ema")
+        ema = CenterContrastiveLoss(C, D, center_update="ema")
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             self.train(frozen, None, (x, batch[1]))
-            self.train(average, None, (x, batch[1]))
+            self.train(ema, None, (x, batch[1]))
             self.train(CenterContrastiveLoss(C, D).eval(), None, (x, batch[1]))
             loss_func = CenterContrastiveLoss(C, D)
-            for _ in range(150):  # a loss that is only looked at
+            for _ in range(150):  # no backward
                 loss_func(*batch)
 
 
 @pytest.mark.parametrize("center_update", ["gradient", "ema"])
-def test_an_empty_batch_is_zero_and_changes_nothing(center_update):
+def test_an_empty_batch_has_zero_loss_and_changes_nothing(center_update):
     loss_func = CenterContrastiveLoss(C, D, center_update=center_update)
     before = loss_func.centers.clone()
     x = torch.empty(0, D, requires_grad=True)
@@ -228,76 +233,77 @@ def test_an_empty_batch_is_zero_and_changes_nothing(center_update):
     assert torch.equal(loss_func.centers, before)
 
 
-class TestAverage:
-    def make(self, **kwargs):
+class TestEMA:
+    def make_loss(self, **kwargs):
         return CenterContrastiveLoss(C, D, center_update="ema", **kwargs)
 
-    def test_centers_are_normalised_moving_averages(self, batch):
+    def test_centers_are_normalized_moving_averages(self, batch):
         x, labels = batch
-        loss_func = self.make(momentum=0.7)
+        loss_func = self.make_loss(momentum=0.7)
         expected = torch.zeros(C, D)
         for _ in range(3):
             x = torch.randn(N, D)
             for c in labels.unique():
                 mean = normalize(normalize(x[labels == c]).mean(0), dim=0)
-                moved = 0.7 * expected[c] + 0.3 * mean if expected[c].any() else mean
-                expected[c] = normalize(moved, dim=0)
+                ema = 0.7 * expected[c] + 0.3 * mean if expected[c].any() else mean
+                expected[c] = normalize(ema, dim=0)
             loss_func(x, labels)
             assert torch.allclose(loss_func.centers, expected, atol=1e-6)
         assert torch.equal(loss_func.class_counts, 3 * torch.bincount(labels, minlength=C))
 
-    def test_the_batch_is_compared_with_the_moved_centers(self, batch):
+    def test_the_loss_uses_the_updated_centers(self, batch):
         x, labels = batch
-        average = self.make()
-        loss = average(x, labels)
+        ema = self.make_loss()
+        loss = ema(x, labels)
         gradient = CenterContrastiveLoss(C, D)
         with torch.no_grad():
-            gradient.centers.copy_(average.centers)
-        if (average.class_counts > 0).all():
+            gradient.centers.copy_(ema.centers)
+        if (ema.class_counts > 0).all():
             assert torch.allclose(loss, gradient(x, labels))
-        assert average.eval()(x, labels) == loss
+        assert ema.eval()(x, labels) == loss
 
-    def test_classes_not_seen_take_no_part(self):
+    def test_classes_without_a_center_take_no_part(self):
         x, labels = torch.randn(6, D), torch.tensor([1, 1, 4, 4, 5, 5])
-        few = CenterContrastiveLoss(3, D, center_update="ema")
-        many = self.make()
-        assert torch.allclose(many(x, labels), few(x, torch.tensor([0, 0, 1, 1, 2, 2])), rtol=1e-6)
-        logits = many.get_logits(x)
+        expected = CenterContrastiveLoss(3, D, center_update="ema")
+        actual = self.make_loss()
+        remapped_labels = torch.tensor([0, 0, 1, 1, 2, 2])
+        assert torch.allclose(actual(x, labels), expected(x, remapped_labels), rtol=1e-6)
+        logits = actual.get_logits(x)
         assert torch.isneginf(logits[:, [0, 2, 3, 6]]).all()
         assert logits[:, [1, 4, 5]].isfinite().all()
 
-    def test_no_parameters_and_gradient_for_the_embeddings_alone(self, batch):
+    def test_has_no_parameters_and_a_gradient_for_the_embeddings(self, batch):
         x, labels = batch
-        loss_func = self.make()
+        loss_func = self.make_loss()
         assert list(loss_func.parameters()) == []
         x.requires_grad_()
         loss_func(x, labels).backward()
         assert x.grad.abs().sum() > 0
 
-    def test_the_bank_stands_still_in_eval_mode(self, batch):
-        loss_func = self.make()
+    def test_centers_do_not_change_in_eval_mode(self, batch):
+        loss_func = self.make_loss()
         loss_func(*batch)
         before = loss_func.centers.clone()
         loss_func.eval()(torch.randn(N, D), batch[1])
         assert torch.equal(loss_func.centers, before)
 
-    def test_a_sample_that_is_not_finite_leaves_the_bank_alone(self, batch):
+    def test_embeddings_that_are_not_finite_do_not_change_the_centers(self, batch):
         x, labels = batch
-        loss_func = self.make()
+        loss_func = self.make_loss()
         loss_func(x, labels)
         before = loss_func.centers.clone()
         loss_func(torch.full((2, D), float("nan")), labels[:2])
         assert torch.equal(loss_func.centers, before)
 
 
-def test_two_losses_of_moving_averages_before_one_backward():
-    """At sizes beyond those at which all logits are made at once."""
+def test_ema_losses_of_two_batches_support_one_backward():
+    """Uses more logits than DENSE_MAX_LOGITS, so the chunked implementation runs."""
     loss_func = CenterContrastiveLoss(num_classes=2000, embedding_size=8, center_update="ema")
     labels = torch.randint(2000, (64,))
     x, y = (torch.randn(64, 8, requires_grad=True) for _ in range(2))
     loss_func(x, labels).backward()
-    first = x.grad.clone()
+    expected = x.grad.clone()
     loss_func.centers.zero_(), loss_func.class_counts.zero_()
     x.grad = None
     (loss_func(x, labels) + loss_func(y, labels)).backward()
-    assert torch.allclose(x.grad, first)
+    assert torch.allclose(x.grad, expected)

@@ -10,6 +10,7 @@ from pytorch_metric_learning.miners import MultiSimilarityMiner, TripletMarginMi
 from pytorch_metric_learning.reducers import DoNothingReducer, MultipleReducers, SumReducer
 from pytorch_metric_learning.regularizers import LpRegularizer
 
+from helpers.golden import relative_error
 from pml_extras.functional import _contextual
 from pml_extras.losses import ContextualLoss
 
@@ -19,11 +20,11 @@ def batch():
     return torch.randn(32, 6), torch.arange(8).repeat_interleave(4)
 
 
-def test_golden(contextual_case, relative_error):
+def test_equals_the_golden_values(contextual_case):
     case = contextual_case
     x = case["embeddings"].requires_grad_()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some cases have k above the samples of a class
+        warnings.simplefilter("ignore")  # in some cases, k exceeds the class size
         loss_func = ContextualLoss(
             num_neighbors=int(case["k"]), neighborhood_slack=float(case["eps"])
         )
@@ -36,7 +37,7 @@ def test_golden(contextual_case, relative_error):
 
 
 @pytest.mark.parametrize("miner", [None, MultiSimilarityMiner(), TripletMarginMiner()])
-def test_contrastive_part_is_pmls_contrastive_loss(batch, miner):
+def test_contrastive_term_equals_pml_contrastive_loss(batch, miner):
     x, labels = batch
     pairs = None if miner is None else miner(x, labels)
     ours = ContextualLoss(contextual_weight=0, similarity_weight=0, contrastive_weight=1)
@@ -44,21 +45,21 @@ def test_contrastive_part_is_pmls_contrastive_loss(batch, miner):
     assert torch.allclose(ours(x, labels, pairs), theirs(x, labels, pairs), rtol=1e-5)
 
 
-def test_three_sub_losses_with_weights(batch):
+def test_weights_multiply_the_three_sub_losses(batch):
     weights = {"contextual_weight": 2.0, "contrastive_weight": 3.0, "similarity_weight": 5.0}
-    parts = ContextualLoss(**dict.fromkeys(weights, 1.0), reducer=DoNothingReducer())(*batch)
+    unweighted = ContextualLoss(**dict.fromkeys(weights, 1.0), reducer=DoNothingReducer())(*batch)
     weighted = ContextualLoss(**weights, reducer=DoNothingReducer())(*batch)
-    assert list(parts) == ["contextual_loss", "contrastive_loss", "similarity_loss"]
-    for name, weight in zip(parts, weights.values(), strict=True):
-        assert parts[name]["losses"].shape == (32,)
-        assert torch.allclose(weighted[name]["losses"], weight * parts[name]["losses"])
+    assert list(unweighted) == ["contextual_loss", "contrastive_loss", "similarity_loss"]
+    for name, weight in zip(unweighted, weights.values(), strict=True):
+        assert unweighted[name]["losses"].shape == (32,)
+        assert torch.allclose(weighted[name]["losses"], weight * unweighted[name]["losses"])
 
 
-def test_users_reducer_survives_an_embedding_regularizer(batch):
-    reduced = ContextualLoss(reducer=SumReducer(), embedding_regularizer=LpRegularizer())
-    assert isinstance(reduced.reducer, MultipleReducers)
+def test_an_embedding_regularizer_does_not_replace_the_reducer(batch):
+    loss_func = ContextualLoss(reducer=SumReducer(), embedding_regularizer=LpRegularizer())
+    assert isinstance(loss_func.reducer, MultipleReducers)
     expected = 32 * ContextualLoss()(*batch) + batch[0].norm(dim=1).mean()
-    assert torch.allclose(reduced(*batch), expected, rtol=1e-5)
+    assert torch.allclose(loss_func(*batch), expected, rtol=1e-5)
 
 
 def test_training_reaches_zero(batch):
@@ -79,7 +80,7 @@ def test_training_reaches_zero(batch):
 @pytest.mark.parametrize("equal", [True, False], ids=["equal", "random"])
 @pytest.mark.parametrize("labels", ["same", "different", "pairs"])
 @pytest.mark.filterwarnings("ignore:num_neighbors")
-def test_finite_for_every_batch(num_samples, slack, equal, labels):
+def test_is_finite_for_small_batches(num_samples, slack, equal, labels):
     x = torch.ones(num_samples, 3) if equal else torch.randn(num_samples, 3)
     x.requires_grad_()
     y = {
@@ -93,14 +94,14 @@ def test_finite_for_every_batch(num_samples, slack, equal, labels):
     assert x.grad.isfinite().all()
 
 
-def test_an_empty_batch_is_zero():
+def test_an_empty_batch_has_zero_loss():
     x = torch.empty(0, 4, requires_grad=True)
     loss = ContextualLoss()(x, torch.empty(0).long())
     loss.backward()
     assert loss == 0
 
 
-def test_too_many_neighbours_are_clamped_with_one_warning(batch):
+def test_clamps_too_many_neighbors_and_warns_once(batch):
     loss_func = ContextualLoss(num_neighbors=4)
     x, labels = torch.randn(3, 5), torch.tensor([0, 0, 1])
     with pytest.warns(UserWarning, match="num_neighbors=4 is clamped to 3 samples"):
@@ -114,7 +115,7 @@ def test_too_many_neighbours_are_clamped_with_one_warning(batch):
         assert expected(x, labels) == clamped
 
 
-def test_more_neighbours_than_samples_of_a_class_warn_once():
+def test_warns_once_about_more_neighbors_than_samples_per_class():
     loss_func = ContextualLoss(num_neighbors=4)
     x, labels = torch.randn(12, 5), torch.arange(12) % 6
     with pytest.warns(UserWarning, match="more than the 2 samples per class"):
@@ -125,7 +126,7 @@ def test_more_neighbours_than_samples_of_a_class_warn_once():
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"),
+    ("name", "value"),
     [
         ("num_neighbors", 0),
         ("neighborhood_slack", -0.1),
@@ -137,12 +138,12 @@ def test_more_neighbours_than_samples_of_a_class_warn_once():
         ("target_similarity", 3),
     ],
 )
-def test_bad_settings_are_named(setting, value):
-    with pytest.raises(ValueError, match=f"^{setting} must .*, got {value!r}"):
-        ContextualLoss(**{setting: value})
+def test_invalid_hyperparameters_are_reported(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must .*, got {value!r}"):
+        ContextualLoss(**{name: value})
 
 
-def test_bad_input_is_refused(batch):
+def test_invalid_input_is_rejected(batch):
     x, _ = batch
     with pytest.raises(ValueError, match="labels are required"):
         ContextualLoss()(x)
@@ -151,7 +152,7 @@ def test_bad_input_is_refused(batch):
 
 
 @pytest.mark.parametrize("miner", [None, MultiSimilarityMiner()])
-def test_references_that_are_the_batch_change_nothing(batch, miner):
+def test_references_equal_to_the_batch_do_not_change_the_loss(batch, miner):
     x, labels = batch
     x.requires_grad_()
     pairs = None if miner is None else miner(x, labels)
@@ -164,7 +165,7 @@ def test_references_that_are_the_batch_change_nothing(batch, miner):
 
 
 def test_references_are_the_context(batch):
-    # Two samples alone say nothing of each other; a memory of their classes does.
+    # Two samples give each other no context. A memory with samples of their classes does.
     memory = torch.eye(3).repeat_interleave(4, 0) + 0.05 * torch.randn(12, 3)
     memory_labels = torch.arange(3).repeat_interleave(4)
     x, labels = torch.tensor([[1.0, 0.1, 0.0], [0.1, 1.0, 0.0]]), torch.tensor([0, 1])
@@ -173,24 +174,24 @@ def test_references_are_the_context(batch):
     assert loss_func(x, 1 - labels, ref_emb=memory, ref_labels=memory_labels) > 0.1
 
 
-def test_stats_tell_a_good_batch_from_a_bad_one(batch):
+def test_stats_of_separate_clusters_and_of_random_embeddings(batch):
     x, labels = batch
     loss_func = ContextualLoss(collect_stats=True)
     loss_func(x, labels)
-    random_purity = loss_func.avg_pos_context
+    random_pos_context = loss_func.avg_pos_context
     loss_func(torch.eye(8).repeat_interleave(4, 0), labels)
     assert loss_func.avg_neighborhood_size == 4
-    assert loss_func.avg_pos_context == 1 > random_purity
+    assert loss_func.avg_pos_context == 1 > random_pos_context
     assert loss_func.avg_neg_context == 0
     assert loss_func.avg_similarity == pytest.approx(1 / 8)
 
 
-def test_large_batches_use_sparse_matrices_with_the_same_loss(monkeypatch):
+def test_sparse_matrices_do_not_change_the_loss(monkeypatch):
     x = torch.randn(120, 16).repeat_interleave(4, 0) + 0.5 * torch.randn(480, 16)
     x, labels = x.requires_grad_(), torch.arange(120).repeat_interleave(4)
     results = []
-    for sparse in (True, False):
-        monkeypatch.setattr(_contextual, "prefers_sparse", lambda *args, s=sparse: s)
+    for is_sparse in (True, False):
+        monkeypatch.setattr(_contextual, "prefers_sparse", lambda *args, value=is_sparse: value)
         loss = ContextualLoss()(x, labels)
         results.append((loss, *torch.autograd.grad(loss, x)))
     for actual, expected in zip(*results, strict=True):

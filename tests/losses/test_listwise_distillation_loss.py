@@ -5,11 +5,12 @@ import torch
 from pytorch_metric_learning.distances import LpDistance
 from pytorch_metric_learning.reducers import DoNothingReducer
 
+from helpers.golden import relative_error
 from pml_extras.functional import listwise_kl
 from pml_extras.losses import ListwiseDistillationLoss
 
 
-def test_golden(listwise_case, relative_error):
+def test_equals_the_golden_values(listwise_case):
     case = listwise_case
     student = case["student"].requires_grad_()
     tau = float(case["temperature"])
@@ -21,7 +22,7 @@ def test_golden(listwise_case, relative_error):
     assert relative_error(student.grad, tau**2 * case["kl_grad"]) < 1e-4
 
 
-def test_an_element_a_sample():
+def test_returns_one_loss_per_sample():
     student, teacher = torch.randn(8, 4), torch.randn(8, 6)
     loss_func = ListwiseDistillationLoss(
         temperature=0.5, include_self=False, reducer=DoNothingReducer()
@@ -32,7 +33,7 @@ def test_an_element_a_sample():
     )
 
 
-def test_zero_when_student_and_teacher_coincide():
+def test_is_zero_when_student_and_teacher_coincide():
     x = torch.randn(8, 4, requires_grad=True)
     loss = ListwiseDistillationLoss(temperature=0.1)(x, ref_emb=x.detach().clone())
     loss.backward()
@@ -40,7 +41,7 @@ def test_zero_when_student_and_teacher_coincide():
     assert x.grad.abs().max() < 1e-6
 
 
-def test_bad_input_is_refused():
+def test_invalid_input_is_rejected():
     x = torch.randn(8, 4)
     loss_func = ListwiseDistillationLoss()
     with pytest.raises(ValueError, match="teacher's embeddings of the same samples, is required"):
@@ -55,7 +56,7 @@ def test_bad_input_is_refused():
         ListwiseDistillationLoss(distance=LpDistance())
 
 
-def test_an_empty_batch_is_zero():
+def test_an_empty_batch_has_zero_loss():
     x = torch.empty(0, 4, requires_grad=True)
     loss = ListwiseDistillationLoss()(x, ref_emb=torch.empty(0, 4))
     loss.backward()

@@ -1,8 +1,8 @@
-"""What is written into PML's source tree imports, passes its tests and is in PML's style there.
+"""The export into PML's source tree can be imported, passes its tests and has PML's code style.
 
-The tree is a copy of the installed PML, which is all that package registries have: PML's source
-distribution has neither tests nor docs. With PML_CHECKOUT set to a clone of PML 2.9, it is a copy
-of that, and PML's own tests run as well.
+The tree is a copy of the installed PML, with stubs of the docs. If the environment variable
+PML_CHECKOUT names a clone of PML 2.9, the tree is a copy of that, and PML's tests run too. Package
+registries do not have them: PML's source distribution has neither tests nor docs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 EXPORT = ROOT / "upstream" / "export.py"
 PML = "pytorch_metric_learning"
-# PML's own tests of what our components have to do with.
+# PML's tests of the code that our components use or extend.
 PML_TESTS = [
     "tests/losses/test_cross_batch_memory.py",
     "tests/losses/test_losses_without_labels.py",
@@ -30,8 +30,8 @@ PML_TESTS = [
     "tests/utils/test_distributed.py",
     "tests/utils/test_module_with_records_and_reducer.py",
 ]
-# What stands for PML's docs.
-PAGES = {
+# Stubs of PML's docs.
+DOCS = {
     "losses": """# Losses
 
 ## ArcFaceLoss
@@ -48,9 +48,10 @@ Triplets.
     "miners": "# Miners\n\n## AngularMiner\nAngles.\n",
     "regularizers": "# Regularizers\n\n## LpRegularizer\nNorms.\n",
 }
-RUN_ALL = f"""
+# Runs unit tests and doctests of the modules named in the arguments, and imports all exports.
+RUN_TESTS = f"""
 import doctest, importlib, sys, unittest
-sys.modules["pml_extras"] = None  # so that an import of it raises
+sys.modules["pml_extras"] = None  # an import of it raises
 tests, sources = (names.split(",") for names in sys.argv[1:])
 suite = unittest.defaultTestLoader.loadTestsFromNames(tests)
 for source in map(importlib.import_module, sources):
@@ -66,7 +67,8 @@ sys.exit(not result.wasSuccessful())
 """
 
 
-def bare_tree(root: Path) -> Path:
+def copy_pml(root: Path) -> Path:
+    """PML's source tree before the export."""
     clone = os.environ.get("PML_CHECKOUT")
     if clone:
         return Path(shutil.copytree(clone, root, ignore=shutil.ignore_patterns(".git")))
@@ -76,13 +78,13 @@ def bare_tree(root: Path) -> Path:
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(Path(spec.origin).parent, root / "src" / PML, ignore=ignore)
     (root / "docs").mkdir()
-    for page, text in PAGES.items():
+    for page, text in DOCS.items():
         (root / "docs" / f"{page}.md").write_text(text)
     return root
 
 
 def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run Python in a process of its own, which sees the tree and not us."""
+    """Run Python in a process that can import the tree, but not this package."""
     environment = os.environ | {
         "PYTHONPATH": str(cwd / "src"),
         "PYTHONDONTWRITEBYTECODE": "1",
@@ -94,68 +96,68 @@ def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def succeeds(*command: str, cwd: Path) -> str:
+def run_checked(*command: str, cwd: Path) -> str:
     result = run(*command, cwd=cwd)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr
 
 
-def module(name: str) -> str:
-    """How Python calls a source file of the tree."""
-    return name.removeprefix("src/").removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+def module_name(path: str) -> str:
+    """The importable name of a source file of the tree."""
+    return path.removeprefix("src/").removesuffix(".py").replace("/", ".").removesuffix(".__init__")
 
 
-def contents(tree: Path) -> dict[str, bytes]:
+def files_of(tree: Path) -> dict[str, bytes]:
     return {str(p.relative_to(tree)): p.read_bytes() for p in tree.glob("**/*") if p.is_file()}
 
 
 @pytest.fixture(scope="module")
-def bare(tmp_path_factory) -> dict[str, bytes]:
-    return contents(bare_tree(tmp_path_factory.mktemp("bare") / "tree"))
+def original(tmp_path_factory) -> dict[str, bytes]:
+    return files_of(copy_pml(tmp_path_factory.mktemp("original") / "tree"))
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
-    tree = bare_tree(tmp_path_factory.mktemp("pml") / "tree")
-    succeeds(str(EXPORT), str(tree), cwd=tree)
+    tree = copy_pml(tmp_path_factory.mktemp("pml") / "tree")
+    run_checked(str(EXPORT), str(tree), cwd=tree)
     return tree
 
 
 @pytest.fixture(scope="module")
-def written(bare, tree) -> list[str]:
-    """The sources that are new or changed."""
+def exported(original, tree) -> list[str]:
+    """Paths of the new or changed Python files."""
     return sorted(
-        name
-        for name, content in contents(tree).items()
-        if name.endswith(".py") and bare.get(name) != content
+        path
+        for path, content in files_of(tree).items()
+        if path.endswith(".py") and original.get(path) != content
     )
 
 
-def test_twice_is_once(tree):
-    before = contents(tree)
-    succeeds(str(EXPORT), str(tree), cwd=tree)
-    assert contents(tree) == before
+def test_a_second_export_changes_nothing(tree):
+    before = files_of(tree)
+    run_checked(str(EXPORT), str(tree), cwd=tree)
+    assert files_of(tree) == before
 
 
-def test_it_imports_and_passes_its_tests_and_examples_there(tree, written):
-    tests = [module(name) for name in written if Path(name).name.startswith("test_")]
-    sources = [module(name) for name in written if name.startswith("src/")]
+def test_the_export_can_be_imported_and_passes_tests_and_doctests(tree, exported):
+    tests = [module_name(path) for path in exported if Path(path).name.startswith("test_")]
+    sources = [module_name(path) for path in exported if path.startswith("src/")]
     assert len(tests) == len(list((ROOT / "upstream" / "tests").glob("**/test_*.py")))
     assert f"{PML}.losses.contextual_loss" in sources
-    succeeds("-W", "ignore", "-c", RUN_ALL, ",".join(tests), ",".join(sources), cwd=tree)
-    assert not any("pml_extras" in (tree / name).read_text() for name in written)
+    run_checked("-W", "ignore", "-c", RUN_TESTS, ",".join(tests), ",".join(sources), cwd=tree)
+    assert not any("pml_extras" in (tree / path).read_text() for path in exported)
 
 
-def test_it_is_in_the_style_of_pml(tree, written):
-    succeeds("-m", "black", "--check", *written, cwd=tree)
-    succeeds("-m", "isort", "--check", "--profile", "black", *written, cwd=tree)
+def test_the_export_has_the_code_style_of_pml(tree, exported):
+    run_checked("-m", "black", "--check", *exported, cwd=tree)
+    run_checked("-m", "isort", "--check", "--profile", "black", *exported, cwd=tree)
 
 
-def test_pml_is_left_as_it_was(bare, tree, written):
-    assert set(bare) <= set(contents(tree))
-    changed = {name for name in bare if bare[name] != (tree / name).read_bytes()}
+def test_only_exports_and_lists_of_supported_losses_of_pml_change(original, tree, exported):
+    assert set(original) <= set(files_of(tree))
+    changed = {path for path in original if original[path] != (tree / path).read_bytes()}
     source = f"src/{PML}/"
-    sources = {name.removeprefix(source) for name in changed if name.startswith(source)}
+    sources = {path.removeprefix(source) for path in changed if path.startswith(source)}
     assert sources == {
         "losses/__init__.py",
         "losses/cross_batch_memory.py",
@@ -165,7 +167,7 @@ def test_pml_is_left_as_it_was(bare, tree, written):
     }
 
 
-def test_docs_have_an_entry_each_in_the_order_of_the_alphabet(bare, tree):
+def test_docs_have_one_entry_per_component_in_alphabetical_order(original, tree):
     for page, ours in {
         "losses": [
             "CenterContrastiveLoss",
@@ -179,7 +181,7 @@ def test_docs_have_an_entry_each_in_the_order_of_the_alphabet(bare, tree):
         text = (tree / "docs" / f"{page}.md").read_text()
         titles = re.findall(r"(?m)^## (\w+)", text)
         assert all(titles.count(title) == 1 for title in ours)
-        theirs = re.findall(r"(?m)^## (\w+)", bare[f"docs/{page}.md"].decode())
+        theirs = re.findall(r"(?m)^## (\w+)", original[f"docs/{page}.md"].decode())
         assert [title for title in titles if title not in ours] == theirs
         for title in ours:
             before = titles[: titles.index(title)]
@@ -191,29 +193,29 @@ def test_docs_have_an_entry_each_in_the_order_of_the_alphabet(bare, tree):
     assert f"{contextual}\n{contrastive}" in (tree / "docs" / "losses.md").read_text()
 
 
-@pytest.mark.skipif("PML_CHECKOUT" not in os.environ, reason="registries have no tests of PML")
+@pytest.mark.skipif("PML_CHECKOUT" not in os.environ, reason="needs a clone of PML")
 @pytest.mark.parametrize("path", PML_TESTS)
-def test_pml_passes_its_own_tests(tree, path):
-    # Those that PML cannot pass on a CPU by itself fail here as well.
+def test_pml_passes_its_tests_after_the_export(tree, path):
+    # PML's tests that fail without the export, for example for lack of a GPU, fail here too.
     if not (tree / path).exists():
         pytest.skip("not in this checkout")
     if (tree / path).is_dir():
-        succeeds("-W", "ignore", "-m", "unittest", "discover", "-s", path, "-t", ".", cwd=tree)
+        run_checked("-W", "ignore", "-m", "unittest", "discover", "-s", path, "-t", ".", cwd=tree)
     else:
-        succeeds("-W", "ignore", "-m", "unittest", path, cwd=tree)
+        run_checked("-W", "ignore", "-m", "unittest", path, cwd=tree)
 
 
 @pytest.mark.parametrize(
-    ("version", "complaint"),
+    ("version", "message"),
     [(None, "does not exist"), ("2.8.1", "2.8.1"), ("3.0.0", "3.0.0"), ("", "none")],
 )
-def test_refuses_other_trees(tmp_path, version, complaint):
+def test_other_trees_are_rejected(tmp_path, version, message):
     if version is not None:
         package = tmp_path / "src" / PML
         package.mkdir(parents=True)
         (package / "__init__.py").write_text(f'__version__ = "{version}"\n' if version else "")
-    before = contents(tmp_path)
+    before = files_of(tmp_path)
     result = run(str(EXPORT), str(tmp_path), cwd=tmp_path)
     assert result.returncode == 1
-    assert complaint in result.stderr
-    assert contents(tmp_path) == before
+    assert message in result.stderr
+    assert files_of(tmp_path) == before

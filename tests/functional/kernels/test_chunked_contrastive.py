@@ -43,7 +43,7 @@ def test_gradcheck(batch):
 
 
 @pytest.mark.parametrize("labels", [torch.zeros(6).long(), torch.arange(6), torch.zeros(1).long()])
-def test_without_pairs_of_one_kind(labels):
+def test_is_finite_without_positive_or_negative_pairs(labels):
     x = torch.randn(len(labels), 3, requires_grad=True)
     loss = chunked_term(x, labels)
     loss.sum().backward()
@@ -51,7 +51,7 @@ def test_without_pairs_of_one_kind(labels):
     assert x.grad.isfinite().all()
 
 
-def test_it_cannot_be_differentiated_twice(batch):
+def test_cannot_be_differentiated_twice(batch):
     x, labels = batch
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         torch.autograd.grad(chunked_term(x, labels).sum(), x, create_graph=True)

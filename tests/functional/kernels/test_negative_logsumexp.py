@@ -28,7 +28,7 @@ def inputs():
     return x, c, torch.randint(C, (N,))
 
 
-def some_classes(labels):
+def random_class_mask(labels):
     class_mask = torch.rand(C) < 0.7
     class_mask[labels] = True
     return class_mask
@@ -37,7 +37,7 @@ def some_classes(labels):
 @pytest.mark.parametrize("masked", [False, True])
 def test_equals_a_loop_over_samples(inputs, masked):
     x, c, labels = inputs
-    class_mask = some_classes(labels) if masked else torch.ones(C, dtype=torch.bool)
+    class_mask = random_class_mask(labels) if masked else torch.ones(C, dtype=torch.bool)
     lse, target = negative_logsumexp(x, c, labels, 9.0, class_mask if masked else None)
     for i in range(N):
         others = class_mask & (torch.arange(C) != labels[i])
@@ -48,19 +48,21 @@ def test_equals_a_loop_over_samples(inputs, masked):
 
 def test_gradcheck(inputs):
     x, c, labels = inputs
-    class_mask = some_classes(labels)
+    class_mask = random_class_mask(labels)
     assert torch.autograd.gradcheck(
         lambda x, c: negative_logsumexp(x, c, labels, 3.0, class_mask), (x, c)
     )
 
 
-def test_gradients_of_one_input_alone(inputs):
+def test_either_input_may_need_no_gradient(inputs):
     x, c, labels = inputs
-    both = torch.autograd.grad(sum(f.sum() for f in negative_logsumexp(x, c, labels, 3.0)), (x, c))
+    expected = torch.autograd.grad(
+        sum(f.sum() for f in negative_logsumexp(x, c, labels, 3.0)), (x, c)
+    )
     for i in range(2):
-        alone = [t if j == i else t.detach() for j, t in enumerate((x, c))]
-        loss = sum(f.sum() for f in negative_logsumexp(*alone, labels, 3.0))
-        assert torch.allclose(*torch.autograd.grad(loss, alone[i]), both[i])
+        args = [t if j == i else t.detach() for j, t in enumerate((x, c))]
+        loss = sum(f.sum() for f in negative_logsumexp(*args, labels, 3.0))
+        assert torch.allclose(*torch.autograd.grad(loss, args[i]), expected[i])
 
 
 def test_backward_can_be_repeated(inputs):
@@ -72,7 +74,7 @@ def test_backward_can_be_repeated(inputs):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_second_derivatives(inputs, implementation):
+def test_second_derivatives_need_the_reference_implementation(inputs, implementation):
     x, c, labels = inputs
     x = x[:3].detach().requires_grad_()
     if implementation == "chunked":
@@ -97,7 +99,7 @@ def test_compiles_to_the_same_values(inputs):
 
 
 @pytest.mark.parametrize("scale", [1e-3, 64.0, 1e4])
-def test_extreme_scales(inputs, scale):
+def test_equals_the_formula_at_extreme_scales(inputs, scale):
     x, c, labels = inputs
     lse, target = negative_logsumexp(x, c, labels, scale)
     cosines = torch.cosine_similarity(x[:, None], c, dim=2)
@@ -105,11 +107,11 @@ def test_extreme_scales(inputs, scale):
     assert torch.allclose(lse, (scale * others).logsumexp(1))
     grads = torch.autograd.grad((lse + target).sum(), (x, c))
     expected = ((scale * others).logsumexp(1) + cosines[torch.arange(N), labels]).sum()
-    for actual, index in zip(grads, torch.autograd.grad(expected, (x, c)), strict=True):
-        assert torch.allclose(actual, index, rtol=1e-8, atol=1e-8)
+    for actual, expected_grad in zip(grads, torch.autograd.grad(expected, (x, c)), strict=True):
+        assert torch.allclose(actual, expected_grad, rtol=1e-8, atol=1e-8)
 
 
-def test_one_class_alone():
+def test_a_single_class_gives_zero_loss_and_gradients():
     x, c = torch.randn(4, 3, requires_grad=True), torch.randn(1, 3, requires_grad=True)
     labels = torch.zeros(4, dtype=torch.long)
     loss = center_contrastive_loss(x, c, labels, center_weight=0)
@@ -119,7 +121,7 @@ def test_one_class_alone():
     assert torch.equal(c.grad, torch.zeros(1, 3))
 
 
-def test_centers_without_gradient_get_none(inputs):
+def test_centers_may_need_no_gradient(inputs):
     x, c, labels = inputs
     lse, target = negative_logsumexp(x, c.detach(), labels, 3.0)
     (lse.sum() + target.sum()).backward()
@@ -127,9 +129,9 @@ def test_centers_without_gradient_get_none(inputs):
     assert c.grad is None
 
 
-def test_two_halves_of_the_classes_give_the_whole(inputs):
+def test_results_of_two_halves_of_the_classes_combine(inputs):
     x, c, labels = inputs
-    half, class_mask = C // 2, some_classes(labels)
+    half, class_mask = C // 2, random_class_mask(labels)
     left, right = (
         negative_logsumexp(
             x,
@@ -154,12 +156,12 @@ def test_two_halves_of_the_classes_give_the_whole(inputs):
 
 
 def test_centers_may_change_before_backward(inputs):
-    """As EMA centers do in the next batch, if two losses are summed."""
+    """The next batch changes EMA centers, and two losses may be summed before one backward."""
     x, c, labels = inputs
     c = c.detach()
     expected = torch.autograd.grad(sum(f.sum() for f in negative_logsumexp(x, c, labels, 3.0)), x)
-    changed = c.clone()
-    lse, target = negative_logsumexp(x, changed, labels, 3.0)
-    changed.neg_()
-    (found,) = torch.autograd.grad((lse + target).sum(), x)
-    assert torch.equal(found, expected[0])
+    ema_centers = c.clone()
+    lse, target = negative_logsumexp(x, ema_centers, labels, 3.0)
+    ema_centers.neg_()
+    (actual,) = torch.autograd.grad((lse + target).sum(), x)
+    assert torch.equal(actual, expected[0])

@@ -7,7 +7,7 @@ from pml_extras.functional._kernels.self_matches import row_hashes, self_match_m
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_matches_are_the_rows_with_equal_bits(dtype):
+def test_rows_match_if_all_bits_are_equal(dtype):
     x = torch.randn(40, 6, dtype=dtype).round()
     references = torch.cat([x[::3], -x, x.flip(1), torch.randn(5, 6, dtype=dtype)])
     expected = (x[:, None] == references).all(2)
@@ -17,7 +17,7 @@ def test_matches_are_the_rows_with_equal_bits(dtype):
     assert torch.equal(self_match_mask(x, references), expected & ~both_zeros.any(2))
 
 
-def test_changes_of_sign_do_not_cancel():
+def test_rows_with_changed_signs_do_not_match():
     x = torch.randn(8, 8, dtype=torch.float64)
     assert not self_match_mask(x, -x).any()
     assert not self_match_mask(x, x * torch.tensor([-1, -1, 1, 1, 1, 1, 1, 1])).any()

@@ -49,7 +49,7 @@ def test_equals_autograd_through_dense_matrices(shape, k, slack):
     assert torch.allclose(grad, expected_grad, rtol=1e-9, atol=1e-13)
 
 
-def test_duplicates_and_zero_vectors():
+def test_is_finite_with_duplicates_and_zero_vectors():
     x, labels = clustered(6, 5, 4, dtype=torch.float32)
     x = torch.cat([x, x[:9], torch.zeros(2, 4)]).requires_grad_()
     labels = torch.cat([labels, labels[:9], torch.tensor([0, 1])])
@@ -65,7 +65,7 @@ def test_chunks_do_not_change_the_result(monkeypatch):
     assert torch.equal(sparse_term(x, labels), expected)
 
 
-def test_it_cannot_be_differentiated_twice():
+def test_cannot_be_differentiated_twice():
     x, labels = clustered(4, 4, 5)
     loss = sparse_term(x.requires_grad_(), labels).sum()
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
@@ -81,7 +81,7 @@ def test_backward_frees_what_forward_saved():
 
 
 @pytest.mark.parametrize("k", [1, 4, 60])
-def test_the_similarity_is_the_dense_one(k):
+def test_sparse_similarity_equals_the_dense_one(k):
     x, _ = clustered(10, 5, 6)
     x = normalize(x)
     sparse = SparseContextualSimilarity(lambda rows: -x[rows] @ x.T, k, x)

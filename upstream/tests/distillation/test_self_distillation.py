@@ -18,22 +18,22 @@ class TestSelfDistillation(unittest.TestCase):
         self.inputs = torch.randn(16, 6, device=TEST_DEVICE)
         self.labels = torch.randint(4, (16,), device=TEST_DEVICE)
 
-    def move_weights(self):
+    def perturb_weights(self):
         with torch.no_grad():
             for parameter in self.trunk.parameters():
                 parameter.add_(torch.randn_like(parameter))
 
-    def test_adds_the_divergence_from_an_epoch_ago(self):
+    def test_adds_the_divergence_from_the_snapshot(self):
         loss_func = SelfDistillation(
             TripletMarginLoss(), SnapshotTeacher(self.trunk), num_epochs=4, alpha=8.0
         )
         loss_func(self.trunk(self.inputs), self.labels)
         loss_func.end_epoch()
         with torch.no_grad():
-            earlier = self.trunk(self.inputs)
-        self.move_weights()
+            teacher_embeddings = self.trunk(self.inputs)
+        self.perturb_weights()
         embeddings = self.trunk(self.inputs)
-        divergence = ListwiseDistillationLoss()(embeddings, ref_emb=earlier)
+        divergence = ListwiseDistillationLoss()(embeddings, ref_emb=teacher_embeddings)
         expected = TripletMarginLoss()(embeddings, self.labels) + loss_func.weight * divergence
         self.assertGreater(loss_func.weight, 0)
         torch.testing.assert_close(loss_func(embeddings, self.labels), expected)
@@ -41,15 +41,15 @@ class TestSelfDistillation(unittest.TestCase):
         expected = TripletMarginLoss()(embeddings, self.labels)
         torch.testing.assert_close(loss_func(embeddings, self.labels), expected)
 
-    def test_the_moving_average_is_between_then_and_now(self):
-        then = self.trunk.weight.detach().clone()
+    def test_ema_differs_from_the_initial_and_the_current_weights(self):
+        initial_weight = self.trunk.weight.detach().clone()
         teacher = EMATeacher(self.trunk, decay=0.5)
         loss_func = SelfDistillation(TripletMarginLoss(), teacher, num_epochs=4)
         loss_func.end_epoch()
         for _ in range(2):
-            self.move_weights()
+            self.perturb_weights()
             loss_func(self.trunk(self.inputs), self.labels).backward()
-        weight = dict(teacher.network.named_parameters())
-        average = next(w for name, w in weight.items() if name.endswith("weight"))
-        self.assertFalse(torch.equal(average, self.trunk.weight))
-        self.assertFalse(torch.equal(average, then))
+        parameters = teacher.network.named_parameters()
+        ema_weight = next(p for name, p in parameters if name.endswith("weight"))
+        self.assertFalse(torch.equal(ema_weight, self.trunk.weight))
+        self.assertFalse(torch.equal(ema_weight, initial_weight))

@@ -13,14 +13,14 @@ class TestContextualKNN(unittest.TestCase):
         torch.manual_seed(0)
         self.embeddings = torch.randn(40, 8, device=TEST_DEVICE)
 
-    def test_distance_alone_is_plain_search(self):
+    def test_distance_weight_one_equals_plain_search(self):
         knn = ContextualKNN(num_neighbors=5, distance_weight=1.0)
         _, indices = knn(self.embeddings, 7, self.embeddings, True)
         x = normalize(self.embeddings)
         expected = (x @ x.T).fill_diagonal_(-2).topk(7).indices
         self.assertTrue(torch.equal(indices, expected))
 
-    def test_in_accuracy_calculator(self):
+    def test_works_in_accuracy_calculator(self):
         labels = torch.arange(4, device=TEST_DEVICE).repeat_interleave(10)
         embeddings = torch.eye(8, device=TEST_DEVICE)[labels] + 0.05 * self.embeddings
         calculator = AccuracyCalculator(

@@ -7,7 +7,7 @@ from torch.nn.functional import normalize
 from .. import TEST_DEVICE, TEST_DTYPES
 
 
-def plain_loss(embeddings, centers, labels, scale, margin, center_weight):
+def formula(embeddings, centers, labels, scale, margin, center_weight):
     x, c = normalize(embeddings), normalize(centers)
     losses = []
     for i, y in enumerate(labels):
@@ -33,23 +33,23 @@ class TestCenterContrastiveLoss(unittest.TestCase):
 
             x = embeddings.detach().double().requires_grad_()
             centers = loss_func.centers.detach().double().requires_grad_()
-            expected = plain_loss(x, centers, self.labels, 12, 0.1, 0.7)
+            expected = formula(x, centers, self.labels, 12, 0.1, 0.7)
             expected.backward()
             rtol, atol = (1e-2, 1e-3) if dtype == torch.float16 else (1e-4, 1e-6)
-            for actual, wanted in [
+            for actual, reference in [
                 (loss, expected),
                 (embeddings.grad, x.grad),
                 (loss_func.centers.grad, centers.grad),
             ]:
-                torch.testing.assert_close(actual.double(), wanted, rtol=rtol, atol=atol)
+                torch.testing.assert_close(actual.double(), reference, rtol=rtol, atol=atol)
 
-    def test_average_mode_follows_the_class_means(self):
+    def test_ema_centers_follow_the_class_means(self):
         loss_func = CenterContrastiveLoss(10, 8, center_update="ema", momentum=0.9)
         loss_func = loss_func.to(TEST_DEVICE)
         embeddings = torch.randn(32, 8, device=TEST_DEVICE)
         loss_func(embeddings, self.labels)
         for label in self.labels.unique():
-            # The first batch of a class has nothing before it to be averaged with.
+            # The first batch of a class sets its center.
             mean = normalize(embeddings)[self.labels == label].mean(0)
             torch.testing.assert_close(loss_func.centers[label], normalize(mean, dim=0))
         before = loss_func.centers.clone()
@@ -57,7 +57,7 @@ class TestCenterContrastiveLoss(unittest.TestCase):
         loss_func(embeddings.flip(0), self.labels)
         self.assertTrue(torch.equal(loss_func.centers, before))
 
-    def test_refusals(self):
+    def test_invalid_input_is_rejected(self):
         loss_func = CenterContrastiveLoss(10, 8).to(TEST_DEVICE)
         embeddings = torch.randn(32, 8, device=TEST_DEVICE)
         with self.assertRaises(ValueError):

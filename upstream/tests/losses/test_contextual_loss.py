@@ -14,33 +14,33 @@ from .. import TEST_DEVICE, TEST_DTYPES
 
 
 class Step(torch.autograd.Function):
-    """The Heaviside function, with a constant slope in backward."""
+    """The Heaviside function, with a straight-through estimator in backward."""
 
     @staticmethod
     def forward(ctx, x):
         return (x >= 0).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad):
-        return grad * 10
+    def backward(ctx, grad_output):
+        return grad_output * 10
 
 
-def plain_terms(embeddings, labels, k=4, slack=0.05, margins=(0.75, 0.6), target=0.25):
-    """The three terms, as the paper and its authors' code state them."""
+def formula(embeddings, labels, k=4, slack=0.05, margins=(0.75, 0.6), target=0.25):
+    """The three terms, as in the paper and the authors' code."""
     x = normalize(embeddings)
     same = labels[:, None] == labels
     not_self = ~torch.eye(len(x), dtype=torch.bool, device=x.device)
 
     distances = (2 - 2 * x @ x.T).clamp_min(0)
     ordered = distances.detach().sort(1).values
-    near = Step.apply(ordered[:, k - 1 : k] + slack - distances)
-    nearest = Step.apply(ordered[:, k // 2 - 1 : k // 2] + slack - distances)
-    size = near.detach().sum(1, keepdim=True)
-    agreement = near @ near.T / size
-    agreement = agreement + (1 - near) @ (1 - near).T / (len(x) - size)
-    mutual = nearest * nearest.T
-    context = mutual @ (0.5 * agreement * near) / mutual.sum(1, keepdim=True)
-    errors = (context + context.T) / 2 - same.to(x.dtype)
+    knn = Step.apply(ordered[:, k - 1 : k] + slack - distances)
+    half_knn = Step.apply(ordered[:, k // 2 - 1 : k // 2] + slack - distances)
+    size = knn.detach().sum(1, keepdim=True)
+    overlap = knn @ knn.T / size
+    overlap = overlap + (1 - knn) @ (1 - knn).T / (len(x) - size)
+    reciprocal = half_knn * half_knn.T
+    expanded = reciprocal @ (0.5 * overlap * knn) / reciprocal.sum(1, keepdim=True)
+    errors = (expanded + expanded.T) / 2 - same.to(x.dtype)
     contextual = (errors * not_self).square().mean()
 
     positive = (margins[0] - x @ x.T)[same & not_self].clamp_min(0)
@@ -59,13 +59,13 @@ class TestContextualLoss(unittest.TestCase):
 
     def test_equals_the_formula_with_gradients(self):
         for dtype in TEST_DTYPES:
-            if dtype == torch.float16:  # rounding moves neighbours over the step
+            if dtype == torch.float16:  # rounding changes the neighborhoods
                 continue
             embeddings = self.embeddings.clone().to(dtype).detach().requires_grad_()
             loss = ContextualLoss()(embeddings, self.labels)
             loss.backward()
             x = embeddings.detach().double().requires_grad_()
-            terms = plain_terms(x, self.labels)
+            terms = formula(x, self.labels)
             expected = 0.4 * terms[0] + 0.5 * terms[1] + 0.1 * terms[2]
             expected.backward()
             torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-6)
@@ -98,38 +98,38 @@ class TestContextualLossInWrappers(unittest.TestCase):
     def setUp(self):
         torch.manual_seed(0)
 
-    def test_cross_batch_memory_is_the_loss_with_references(self):
+    def test_cross_batch_memory_equals_the_loss_with_references(self):
         for dtype in TEST_DTYPES:
             loss_func = ContextualLoss()
             memory = CrossBatchMemory(loss_func, embedding_size=8, memory_size=48)
             batches = []
-            for _ in range(5):  # goes round the queue
+            for _ in range(5):  # fills the memory and wraps around
                 embeddings = torch.randn(16, 8, device=TEST_DEVICE).to(dtype)
                 labels = torch.randint(4, (16,), device=TEST_DEVICE)
                 batches = [*batches, (embeddings, labels)][-3:]
                 loss = memory(embeddings, labels)
                 ref_emb, ref_labels = (torch.cat(x) for x in zip(*batches))
-                # A batch's own rows are the last of the references, and no positives of themselves.
+                # The last references are the batch itself: self pairs are no positive pairs.
                 same = labels[:, None] == ref_labels
-                selves = torch.zeros_like(same)
-                selves[:, -16:].fill_diagonal_(True)
-                pairs = (*torch.where(same & ~selves), *torch.where(~same))
+                self_pairs = torch.zeros_like(same)
+                self_pairs[:, -16:].fill_diagonal_(True)
+                pairs = (*torch.where(same & ~self_pairs), *torch.where(~same))
                 expected = loss_func(embeddings, labels, pairs, ref_emb, ref_labels)
                 torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-4)
 
-    def test_self_supervised_loss_numbers_the_samples(self):
+    def test_self_supervised_loss_equals_the_loss_with_sample_indices_as_labels(self):
         for dtype in TEST_DTYPES:
             views = [torch.randn(16, 8, device=TEST_DEVICE).to(dtype) for _ in range(2)]
-            numbers = torch.arange(16, device=TEST_DEVICE)
+            indices = torch.arange(16, device=TEST_DEVICE)
             loss_func = ContextualLoss(num_neighbors=2)
-            expected = loss_func(torch.cat(views), torch.cat([numbers, numbers]))
+            expected = loss_func(torch.cat(views), torch.cat([indices, indices]))
             self.assertTrue(torch.equal(SelfSupervisedLoss(loss_func)(*views), expected))
             loss_func = ContextualLoss(num_neighbors=1)
-            expected = loss_func(views[0], numbers, ref_emb=views[1], ref_labels=numbers.clone())
+            expected = loss_func(views[0], indices, ref_emb=views[1], ref_labels=indices.clone())
             one_way = SelfSupervisedLoss(loss_func, symmetric=False)
             self.assertTrue(torch.equal(one_way(*views), expected))
 
-    def test_contrastive_part_equals_contrastive_loss(self):
+    def test_contrastive_term_equals_contrastive_loss(self):
         embeddings = torch.randn(16, 8, device=TEST_DEVICE)
         labels = torch.randint(4, (16,), device=TEST_DEVICE)
         ours = ContextualLoss(contextual_weight=0, similarity_weight=0, contrastive_weight=1)

@@ -8,8 +8,8 @@ from pytorch_metric_learning.utils.functional import contextual_similarity
 from .. import TEST_DEVICE, TEST_DTYPES
 
 
-def plain_pairs(distances, labels, k, margin):
-    """The rules without the filter, one pair at a time."""
+def pairs_by_loop(distances, labels, k, margin):
+    """The positive and the negative pairs without the noise filter."""
     s = contextual_similarity(distances, num_neighbors=k, slack=0.0).tolist()
     d, y = distances.tolist(), labels.tolist()
     positives, negatives = set(), set()
@@ -36,13 +36,13 @@ class TestContextualSimilarityMiner(unittest.TestCase):
     def embeddings(self, noise):
         return (self.centers + noise * torch.randn(30, 8)).to(TEST_DEVICE)
 
-    def test_equals_the_rules(self):
+    def test_equals_a_loop_over_pairs(self):
         embeddings = self.embeddings(noise=0.5)
         x = torch.nn.functional.normalize(embeddings.double())
-        expected = plain_pairs((2 - 2 * x @ x.T).clamp_min(0), self.labels, 4, 0.1)
+        expected = pairs_by_loop((2 - 2 * x @ x.T).clamp_min(0), self.labels, 4, 0.1)
         self.assertTrue(all(expected))
         for dtype in TEST_DTYPES:
-            if dtype == torch.float16:  # rounding changes the order of the neighbours
+            if dtype == torch.float16:  # rounding changes the order of the neighbors
                 continue
             for distance in [CosineSimilarity(), LpDistance()]:
                 miner = ContextualSimilarityMiner(filter_noise=False, distance=distance)

@@ -27,7 +27,7 @@ class TestReducersOfNewLosses(unittest.TestCase):
         self.labels = torch.arange(8, device=TEST_DEVICE).repeat_interleave(4)
         self.weights = torch.rand(8)
 
-    def calls(self):
+    def cases(self):
         teacher = torch.randn(32, 8, device=TEST_DEVICE)
         yield CenterContrastiveLoss, {"num_classes": 8, "embedding_size": 8}, {}
         yield ContextualLoss, {}, {}
@@ -39,7 +39,7 @@ class TestReducersOfNewLosses(unittest.TestCase):
         def mean_above(losses, low):
             return losses[losses > low].mean() if (losses > low).any() else losses.sum() * 0
 
-        cases = [
+        reducers = [
             (MeanReducer(), lambda losses: losses.mean()),
             (SumReducer(), lambda losses: losses.sum()),
             (AvgNonZeroReducer(), lambda losses: mean_above(losses, 0)),
@@ -47,20 +47,20 @@ class TestReducersOfNewLosses(unittest.TestCase):
             (ClassWeightedReducer(self.weights), lambda losses: (losses * weights).mean()),
             (PerAnchorReducer(), lambda losses: losses.mean()),
         ]
-        for loss_class, kwargs, extra in self.calls():
+        for loss_class, kwargs, extra in self.cases():
             torch.manual_seed(0)
-            parts = loss_class(**kwargs, reducer=DoNothingReducer()).to(TEST_DEVICE)(
+            sub_losses = loss_class(**kwargs, reducer=DoNothingReducer()).to(TEST_DEVICE)(
                 self.embeddings, self.labels, **extra
             )
-            for reducer, reduce in cases:
+            for reducer, reduce in reducers:
                 torch.manual_seed(0)
                 loss_func = loss_class(**kwargs, reducer=reducer).to(TEST_DEVICE)
                 loss = loss_func(self.embeddings, self.labels, **extra)
-                expected = sum(reduce(part["losses"]) for part in parts.values())
+                expected = sum(reduce(sub_loss["losses"]) for sub_loss in sub_losses.values())
                 torch.testing.assert_close(loss, expected)
 
     def test_embedding_regularizer(self):
-        for loss_class, kwargs, extra in self.calls():
+        for loss_class, kwargs, extra in self.cases():
             losses = []
             for regularizer in [None, LpRegularizer()]:
                 torch.manual_seed(0)

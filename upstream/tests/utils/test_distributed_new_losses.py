@@ -23,13 +23,13 @@ WORLD_SIZE = 2
 
 
 def make_cases():
-    """A network, a loss and a miner each."""
+    """Yields tuples of a network, a loss and a miner."""
     torch.manual_seed(0)
     for loss_func in [
         ContextualLoss(),
         CenterContrastiveLoss(4, 8, center_update="ema"),
         CenterContrastiveLoss(4, 8),
-        # Two classes: which mean an embedding moves to is no matter of chance.
+        # With two classes, the class mean that an embedding moves toward is not random.
         ClassInterferenceRegularizer(2, 8, strength=0.2).attach(ContextualLoss()),
     ]:
         for miner in [None, ContextualSimilarityMiner(margin=0.5)]:
@@ -41,11 +41,11 @@ def make_batch(seed, num_classes=2):
     return torch.randn(32, 6), torch.arange(num_classes).repeat(32 // num_classes)
 
 
-def train(model, loss_func, miner, part):
-    """Two steps: the second sees the state that the first has left in the loss."""
+def train(model, loss_func, miner, local_part):
+    """Two steps: the second depends on the state of the loss after the first."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for seed in range(2):
-        inputs, labels = (part(x) for x in make_batch(seed))
+        inputs, labels = (local_part(x) for x in make_batch(seed))
         optimizer.zero_grad()
         embeddings = model(inputs)
         indices_tuple = miner(embeddings, labels) if miner else None
@@ -54,11 +54,11 @@ def train(model, loss_func, miner, part):
 
 
 def process(rank, file, trained, sharded):
-    """Half of each batch in each process must do what all of it does in one."""
+    """Compares training with half of each batch per process to one process with all of it."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{file}", rank=rank, world_size=WORLD_SIZE)
 
-    def part(x):
+    def local_part(x):
         return x.chunk(WORLD_SIZE)[rank]
 
     for (model, loss_func, miner), expected in zip(make_cases(), trained):
@@ -66,27 +66,27 @@ def process(rank, file, trained, sharded):
             DistributedDataParallel(model),
             DistributedLossWrapper(loss_func),
             DistributedMinerWrapper(miner) if miner else None,
-            part,
+            local_part,
         )
-        for actual, wanted in zip(model.parameters(), expected):
-            torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
+        for actual, reference in zip(model.parameters(), expected):
+            torch.testing.assert_close(actual, reference, rtol=1e-4, atol=1e-5)
 
     centers, loss, gradient = sharded
     loss_func = ShardedCenterContrastiveLoss(4, 6)
     with torch.no_grad():
-        loss_func.centers.to_local().copy_(part(centers))
-    inputs, labels = (part(x) for x in make_batch(0, num_classes=4))
+        loss_func.centers.to_local().copy_(local_part(centers))
+    inputs, labels = (local_part(x) for x in make_batch(0, num_classes=4))
     inputs.requires_grad_()
     actual = loss_func(inputs, labels)
     actual.backward()
     torch.testing.assert_close(actual, loss)
-    # Multiplied for DistributedDataParallel to divide.
-    torch.testing.assert_close(inputs.grad, WORLD_SIZE * part(gradient))
+    # The gradient is multiplied by the world size, because DistributedDataParallel divides it.
+    torch.testing.assert_close(inputs.grad, WORLD_SIZE * local_part(gradient))
     dist.destroy_process_group()
 
 
 class TestDistributedNewLosses(unittest.TestCase):
-    def test_equal_to_one_process(self):
+    def test_equals_one_process(self):
         trained = []
         for model, loss_func, miner in make_cases():
             before = copy.deepcopy(model.state_dict())
