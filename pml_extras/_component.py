@@ -1,7 +1,6 @@
-"""What all components share: hyperparameters in the repr and the log, and argument checks."""
+"""What all components share: hyperparameters in the repr and the log, and the losses' format."""
 
 import inspect
-import math
 import warnings
 from typing import Any
 
@@ -20,70 +19,6 @@ class HyperparametersMixin:
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.hyperparameters().items())
-
-
-def require(condition: bool, name: str, wanted: str, value: Any) -> None:
-    """Raise a ValueError that says what is wanted and what was given."""
-    if not condition:
-        raise ValueError(f"{name} must {wanted}, got {value!r}")
-
-
-def check_count(name: str, value: int, least: int = 1) -> None:
-    require(value >= least and value % 1 == 0, name, f"be a whole number from {least} up", value)
-
-
-def check_non_negative(**values: float) -> None:
-    for name, value in values.items():
-        require(0 <= value < math.inf, name, "be non-negative and finite", value)
-
-
-def check_range(low: float, high: float, **values: float) -> None:
-    for name, value in values.items():
-        require(low <= value <= high, name, f"lie in [{low}, {high}]", value)
-
-
-def check_class_labels(labels: torch.Tensor | None, num_classes: int) -> torch.Tensor:
-    """Check that labels are class indices, and return them.
-
-    Call it before labels go to a GPU. Labels on a GPU are left to its own bounds check, because
-    reading them would make the host wait in every step.
-    """
-    if labels is None:
-        raise ValueError("labels are required")
-    if labels.is_floating_point() or labels.is_complex():
-        raise ValueError(f"labels must be integers, got {labels.dtype}")
-    if labels.device.type != "cpu":
-        return labels
-    wide = labels.long()
-    wrong = ((wide < 0) | (wide >= num_classes)).flatten().nonzero()
-    if len(wrong) > 0:
-        index = int(wrong[0])
-        raise ValueError(
-            f"labels must lie in [0, {num_classes}), got {int(wide.flatten()[index])}"
-            f" at index {index}"
-        )
-    return labels
-
-
-def check_embeddings(
-    embeddings: torch.Tensor,
-    size: int | None = None,
-    name: str = "embeddings",
-    *,
-    finite: bool = False,
-) -> None:
-    """Check that embeddings are rows of floating-point numbers, of this size if it is given.
-
-    ``finite`` reads the values, which makes the host wait for a GPU.
-    """
-    if embeddings.ndim != 2 or size not in (None, embeddings.shape[1]):
-        wanted = f"(batch_size, {size or 'embedding_size'})"
-        raise ValueError(f"{name} must have shape {wanted}, got {tuple(embeddings.shape)}")
-    if not embeddings.is_floating_point():
-        raise ValueError(f"{name} must be floating-point numbers, got {embeddings.dtype}")
-    if finite:
-        for row in (~embeddings.isfinite().all(1)).nonzero()[:1]:
-            raise ValueError(f"{name} must be finite, and row {int(row)} is not")
 
 
 def element_losses(losses: torch.Tensor) -> dict[str, Any]:

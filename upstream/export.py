@@ -23,6 +23,7 @@ PACKAGE, PML = "pml_extras", "pytorch_metric_learning"
 # From our modules and packages to those of PML. The functions go to `utils`, where PML keeps the
 # helpers of its classes. `evaluation` is the name that PML 3 has for tools of retrieval.
 MODULES = {
+    "_checks": "utils.component_checks",
     "_component": "utils.component",
     "functional": "utils.functional",
     "losses": "losses",
@@ -118,13 +119,11 @@ def with_pml_imports(source: str, module: str, target: str, pml_root: Path) -> s
     lines = source.splitlines(keepends=True)
     imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
     for node in sorted(imports, key=lambda node: node.lineno, reverse=True):
-        name = absolute_name(node, module)
-        if name is not None:
+        statements = pml_imports(node, module, target, pml_root)
+        if statements:
             assert node.end_lineno is not None
             indent = " " * node.col_offset
-            lines[node.lineno - 1 : node.end_lineno] = [
-                f"{indent}{line}\n" for line in relative_imports(name, node.names, target, pml_root)
-            ]
+            lines[node.lineno - 1 : node.end_lineno] = [f"{indent}{s}\n" for s in statements]
     return re.sub(
         rf"\b{PACKAGE}\.(\w[\w.]*\w)",
         lambda match: f"{PML}.{pml_module(match[1])}",
@@ -132,13 +131,22 @@ def with_pml_imports(source: str, module: str, target: str, pml_root: Path) -> s
     )
 
 
-def absolute_name(node: ast.ImportFrom, module: str) -> str | None:
-    """The module of PML that an import in our ``module`` refers to; None for other packages."""
+def pml_imports(node: ast.ImportFrom, module: str, target: str, pml_root: Path) -> list[str]:
+    """The statements in PML's module ``target`` for an import in our ``module``; [] to keep it."""
     name = node.module or ""
+    if node.level and not name:  # from .. import module
+        package = target.split(".")[:-1]
+        places = [(pml_module(a.name).rsplit(".", 1), a.asname or a.name) for a in node.names]
+        return [
+            f"from {relative_name(parent, package)} import {leaf} as {alias}"
+            for (parent, leaf), alias in places
+        ]
     if node.level:
         parts = module.split(".")[: -node.level]
-        return pml_module(".".join([*parts, name]))
-    return name.removeprefix(f"{PML}.") if name.startswith(f"{PML}.") else None
+        return relative_imports(pml_module(".".join([*parts, name])), node.names, target, pml_root)
+    if name.startswith(f"{PML}."):
+        return relative_imports(name.removeprefix(f"{PML}."), node.names, target, pml_root)
+    return []
 
 
 def relative_imports(name: str, names: list[ast.alias], target: str, pml_root: Path) -> list[str]:

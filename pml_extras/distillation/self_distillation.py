@@ -4,16 +4,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from pytorch_metric_learning.losses import BaseLossWrapper
 from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import Tensor
 
-from .._component import HyperparametersMixin, check_count, check_non_negative
+from .. import _checks
+from .._component import HyperparametersMixin
 from ..losses import ListwiseDistillationLoss
 from .teacher import Teacher
 
 
-class SelfDistillation(HyperparametersMixin, BaseLossWrapper, ModuleWithRecords):
+class SelfDistillation(HyperparametersMixin, ModuleWithRecords):
     r"""Adds self-distillation to any loss: the network also matches the similarity distributions of
     an earlier version of itself.
 
@@ -74,9 +74,9 @@ class SelfDistillation(HyperparametersMixin, BaseLossWrapper, ModuleWithRecords)
         temperature: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        check_count("num_epochs", num_epochs)
-        check_non_negative(alpha=alpha)
-        super().__init__(loss=loss, **kwargs)
+        _checks.count("num_epochs", num_epochs)
+        _checks.non_negative(alpha=alpha)
+        super().__init__(**kwargs)
         self.loss = loss
         self.distillation = ListwiseDistillationLoss(temperature=temperature)
         self.teacher = teacher
@@ -133,10 +133,6 @@ class SelfDistillation(HyperparametersMixin, BaseLossWrapper, ModuleWithRecords)
             return hook(trainer) if hook is not None else None
 
         return end_epoch_then_hook
-
-    @classmethod
-    def check_loss_support(cls, loss_name: str) -> None:
-        """Every loss is supported, because it is only called."""
 
     def get_extra_state(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "teacher": self.teacher.state_dict()}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from .._component import require
+from .. import _checks
 
 MAX_PENDING_BATCHES = 8  # kept if no loss consumes them
 
@@ -163,7 +163,7 @@ class EMATeacher(Teacher):
         *,
         decay: float = 0.999,
     ) -> None:
-        require(0 <= decay < 1, "decay", "lie in [0, 1)", decay)
+        _checks.in_half_open_range(0, 1, decay=decay)
         super().__init__(trunk, embedder)
         self._average = AveragedModel(self.network, multi_avg_fn=partial(_update_ema, decay))
         self.network = self._average.module

@@ -150,7 +150,7 @@ def contextual_similarity_matrix(
 ) -> Tensor | SparseContextualSimilarity:
     """The contextual similarity of N samples without slack and gradient, dense or sparse.
 
-    Both kinds offer ``S[rows]``, ``S @ x`` and ``S.diagonal()``.
+    Both kinds offer ``S @ x``, ``S.diagonal()`` and ``S.to_dense()``.
 
     Args:
         distance_rows: returns the distances, (B, N), of a slice of B samples to all.

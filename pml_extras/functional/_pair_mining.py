@@ -87,7 +87,7 @@ def contextual_pairs(
         distances = distances_between(embeddings, embeddings)
         context = contextual_similarity_matrix(
             distances.__getitem__, embeddings, num_neighbors=num_neighbors
-        )[slice(0, len(embeddings))]
+        ).to_dense()
         is_self = torch.eye(len(embeddings), dtype=torch.bool, device=embeddings.device)
     else:
         similarity = functools.partial(

@@ -6,13 +6,8 @@ import torch
 from pytorch_metric_learning.utils.inference import return_results
 from torch import Tensor
 
-from .._component import (
-    HyperparametersMixin,
-    check_count,
-    check_embeddings,
-    check_range,
-    require,
-)
+from .. import _checks
+from .._component import HyperparametersMixin
 from ..functional import ReferenceIndex, build_reference_index, contextual_rerank
 
 
@@ -60,9 +55,9 @@ class ContextualKNN(HyperparametersMixin):
         num_candidates: int = 100,
         distance_weight: float = 0.3,
     ) -> None:
-        check_count("num_neighbors", num_neighbors)
-        check_count("num_candidates", num_candidates)
-        check_range(0, 1, distance_weight=distance_weight)
+        _checks.count("num_neighbors", num_neighbors)
+        _checks.count("num_candidates", num_candidates)
+        _checks.in_range(0, 1, distance_weight=distance_weight)
         self.num_neighbors = num_neighbors
         self.num_candidates = num_candidates
         self.distance_weight = distance_weight
@@ -99,7 +94,7 @@ class ContextualKNN(HyperparametersMixin):
             index = self.index = ReferenceIndex(*(x.to(query.device) for x in self.index))
         else:
             raise ValueError("there are no references: pass some, or call train first")
-        check_embeddings(query, index.embeddings.shape[1], "query", finite=True)
+        _checks.embeddings(query, index.embeddings.shape[1], "query", finite=True)
         distances, indices = contextual_rerank(
             query,
             index,
@@ -141,5 +136,5 @@ class ContextualKNN(HyperparametersMixin):
 
 
 def _check_references(references: Tensor, name: str) -> None:
-    check_embeddings(references, name=name, finite=True)
-    require(len(references) > 0, name, "have at least one row", tuple(references.shape))
+    _checks.embeddings(references, name=name, finite=True)
+    _checks.require(len(references) > 0, name, "have at least one row", tuple(references.shape))

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._component import HyperparametersMixin, check_count, check_embeddings
+from .. import _checks
+from .._component import HyperparametersMixin
 from ..functional import label_vote
 
 
@@ -62,7 +63,7 @@ class LabelNoiseDetector(HyperparametersMixin, torch.nn.Module):
 
     def __init__(self, labels: Tensor | Sequence[int], *, num_neighbors: int = 40) -> None:
         super().__init__()
-        check_count("num_neighbors", num_neighbors)
+        _checks.count("num_neighbors", num_neighbors)
         labels = torch.as_tensor(labels)
         if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
             raise ValueError(
@@ -76,7 +77,7 @@ class LabelNoiseDetector(HyperparametersMixin, torch.nn.Module):
 
     def update(self, embeddings: Tensor) -> LabelNoiseDetector:
         """Update the scores with embeddings of the training set, (N, D) in the labels' order."""
-        check_embeddings(embeddings, finite=True)
+        _checks.embeddings(embeddings, finite=True)
         if len(embeddings) != len(self.labels):
             raise ValueError(
                 f"embeddings must be those of {len(self.labels)} samples, got {len(embeddings)}"
@@ -115,16 +116,11 @@ class LabelNoiseDetector(HyperparametersMixin, torch.nn.Module):
             writer = csv.writer(file)
             writer.writerow(["sample", "label", "score", "suggested_label", "is_issue"])
             for i in self.scores.argsort(stable=True).tolist():
+                sample = i if sample_names is None else sample_names[i]
+                label = class_name(int(self.labels[i]))
+                suggested_label = class_name(int(self.suggested_labels[i]))
                 score = self.scores[i].item()
-                writer.writerow(
-                    [
-                        i if sample_names is None else sample_names[i],
-                        class_name(int(self.labels[i])),
-                        f"{score:.4g}",
-                        class_name(int(self.suggested_labels[i])),
-                        int(score < 1),
-                    ]
-                )
+                writer.writerow([sample, label, f"{score:.4g}", suggested_label, int(score < 1)])
 
     def end_of_epoch_hook(
         self,

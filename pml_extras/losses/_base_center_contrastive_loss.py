@@ -10,15 +10,8 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
-from .._component import (
-    HyperparametersMixin,
-    check_count,
-    check_embeddings,
-    check_non_negative,
-    check_range,
-    element_losses,
-    require,
-)
+from .. import _checks
+from .._component import HyperparametersMixin, element_losses
 
 
 class BaseCenterContrastiveLoss(
@@ -42,14 +35,16 @@ class BaseCenterContrastiveLoss(
         label_smoothing: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        check_count("num_classes", num_classes)
-        check_count("embedding_size", embedding_size)
-        check_non_negative(scale=scale, margin=margin, center_weight=center_weight)
-        require(scale > 0, "scale", "be positive and finite", scale)
-        check_range(0, 1, momentum=momentum)
-        require(0 <= label_smoothing < 1, "label_smoothing", "lie in [0, 1)", label_smoothing)
+        _checks.count("num_classes", num_classes)
+        _checks.count("embedding_size", embedding_size)
+        _checks.positive(scale=scale)
+        _checks.non_negative(margin=margin, center_weight=center_weight)
+        _checks.in_range(0, 1, momentum=momentum)
+        _checks.in_half_open_range(0, 1, label_smoothing=label_smoothing)
         modes = ("gradient", "ema")
-        require(center_update in modes, "center_update", 'be "gradient" or "ema"', center_update)
+        _checks.require(
+            center_update in modes, "center_update", f"be one of {modes}", center_update
+        )
         super().__init__(**kwargs)
         c_f.assert_distance_type(self, CosineSimilarity, p=2, power=1)
         if center_update == "ema" and self.weight_regularizer is not None:
@@ -96,7 +91,7 @@ class BaseCenterContrastiveLoss(
         ref_labels: Tensor,
     ) -> dict[str, dict[str, Any]]:
         c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
-        check_embeddings(embeddings, self.embedding_size)
+        _checks.embeddings(embeddings, self.embedding_size)
         labels = labels.long()
         updates_centers = self.training and self.uses_ema
         if len(embeddings) == 0:

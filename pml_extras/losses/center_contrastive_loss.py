@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .._component import OptimizerReminder, check_class_labels
+from .. import _checks
+from .._component import OptimizerReminder
 from ..functional import center_contrastive_loss, moving_class_means, pairwise_cosine
 from ..functional._distributed import gather_batch
 from ._base_center_contrastive_loss import BaseCenterContrastiveLoss
@@ -94,7 +95,7 @@ class CenterContrastiveLoss(BaseCenterContrastiveLoss):
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
     ) -> Tensor:
-        check_class_labels(labels, self.num_classes)
+        _checks.class_labels(labels, self.num_classes)
         if self.training and not self.uses_ema:
             self._optimizer_reminder.check(self.centers, f"the centers of {type(self).__name__}")
         return super().forward(embeddings, labels, indices_tuple, ref_emb, ref_labels)

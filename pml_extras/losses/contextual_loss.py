@@ -10,14 +10,8 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
-from .._component import (
-    HyperparametersMixin,
-    check_count,
-    check_embeddings,
-    check_non_negative,
-    check_range,
-    element_losses,
-)
+from .. import _checks
+from .._component import HyperparametersMixin, element_losses
 from ..functional import contextual_loss, contextual_similarity, pairwise_cosine
 from ..functional._neighborhoods import knn_radii, squared_distances
 
@@ -96,15 +90,15 @@ class ContextualLoss(HyperparametersMixin, BaseMetricLossFunction):
         target_similarity: float = 0.25,
         **kwargs: Any,
     ) -> None:
-        check_count("num_neighbors", num_neighbors)
-        check_non_negative(
+        _checks.count("num_neighbors", num_neighbors)
+        _checks.non_negative(
             neighborhood_slack=neighborhood_slack,
             contextual_weight=contextual_weight,
             contrastive_weight=contrastive_weight,
             similarity_weight=similarity_weight,
         )
-        check_range(-1, 1, pos_margin=pos_margin, neg_margin=neg_margin)
-        check_range(-1, 1, target_similarity=target_similarity)
+        _checks.in_range(-1, 1, pos_margin=pos_margin, neg_margin=neg_margin)
+        _checks.in_range(-1, 1, target_similarity=target_similarity)
         super().__init__(**kwargs)
         c_f.assert_distance_type(self, CosineSimilarity, p=2, power=1)
         self.num_neighbors = num_neighbors
@@ -129,8 +123,8 @@ class ContextualLoss(HyperparametersMixin, BaseMetricLossFunction):
         ref_labels: Tensor,
     ) -> dict[str, dict[str, Any]]:
         c_f.labels_required(labels)
-        check_embeddings(embeddings)
-        check_embeddings(ref_emb, name="ref_emb")
+        _checks.embeddings(embeddings)
+        _checks.embeddings(ref_emb, name="ref_emb")
         if ref_labels is None:
             raise ValueError("ref_labels are required with ref_emb")
         if len(embeddings) == 0 or len(ref_emb) == 0:

@@ -1,6 +1,5 @@
 """The distillation term of Listwise Self-Distillation (arXiv 2206.08880)."""
 
-import math
 from typing import Any
 
 from pytorch_metric_learning.distances import CosineSimilarity
@@ -8,7 +7,8 @@ from pytorch_metric_learning.losses import BaseMetricLossFunction
 from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor
 
-from .._component import HyperparametersMixin, check_embeddings, element_losses, require
+from .. import _checks
+from .._component import HyperparametersMixin, element_losses
 from ..functional import listwise_kl
 
 
@@ -49,7 +49,7 @@ class ListwiseDistillationLoss(HyperparametersMixin, BaseMetricLossFunction):
     def __init__(
         self, *, temperature: float = 1.0, include_self: bool = True, **kwargs: Any
     ) -> None:
-        require(0 < temperature < math.inf, "temperature", "be positive and finite", temperature)
+        _checks.positive(temperature=temperature)
         super().__init__(**kwargs)
         c_f.assert_distance_type(self, CosineSimilarity, p=2, power=1)
         self.temperature = temperature
@@ -67,8 +67,8 @@ class ListwiseDistillationLoss(HyperparametersMixin, BaseMetricLossFunction):
         c_f.indices_tuple_not_supported(indices_tuple)
         if ref_emb is embeddings:
             raise ValueError("ref_emb, the teacher's embeddings of the same samples, is required")
-        check_embeddings(embeddings)
-        check_embeddings(ref_emb, name="ref_emb")
+        _checks.embeddings(embeddings)
+        _checks.embeddings(ref_emb, name="ref_emb")
         if len(ref_emb) != len(embeddings):
             raise ValueError(
                 "ref_emb must hold the teacher's embeddings of the same samples:"

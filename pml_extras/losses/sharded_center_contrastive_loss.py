@@ -12,7 +12,7 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .._component import check_class_labels, check_embeddings
+from .. import _checks
 from ..functional import (
     moving_class_means,
     pairwise_cosine,
@@ -298,7 +298,7 @@ class ShardedCenterContrastiveLoss(BaseCenterContrastiveLoss):
         ref_labels: Tensor | None,
     ) -> RankHeader:
         # Check labels on a GPU too: one that is too large would count as another rank's.
-        labels = check_class_labels(None if labels is None else labels.cpu(), self.num_classes)
+        labels = _checks.class_labels(None if labels is None else labels.cpu(), self.num_classes)
         c_f.check_shapes(embeddings, labels)
         if ref_emb is not None or ref_labels is not None:
             raise ValueError("ref_emb is not supported for this loss function")
@@ -309,7 +309,7 @@ class ShardedCenterContrastiveLoss(BaseCenterContrastiveLoss):
         )
 
     def _rows_header(self, embeddings: Tensor, has_indices_tuple: bool = False) -> RankHeader:
-        check_embeddings(embeddings, self.embedding_size)
+        _checks.embeddings(embeddings, self.embedding_size)
         if embeddings.device.type != self.device_mesh.device_type:
             raise ValueError(
                 f"embeddings must be on {self.device_mesh.device_type}, as the centers are,"

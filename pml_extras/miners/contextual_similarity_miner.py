@@ -6,7 +6,8 @@ from pytorch_metric_learning.distances import CosineSimilarity
 from pytorch_metric_learning.miners import BaseMiner
 from torch import Tensor
 
-from .._component import HyperparametersMixin, check_count, check_non_negative
+from .. import _checks
+from .._component import HyperparametersMixin
 from ..functional import contextual_pairs
 
 
@@ -57,8 +58,8 @@ class ContextualSimilarityMiner(HyperparametersMixin, BaseMiner):
         filter_noise: bool = True,
         **kwargs: Any,
     ) -> None:
-        check_count("num_neighbors", num_neighbors)
-        check_non_negative(margin=margin)
+        _checks.count("num_neighbors", num_neighbors)
+        _checks.non_negative(margin=margin)
         super().__init__(**kwargs)
         self.num_neighbors = num_neighbors
         self.margin = margin

@@ -7,14 +7,8 @@ from pytorch_metric_learning.regularizers import BaseRegularizer
 from torch import Tensor
 from torch.nn.functional import normalize as normalize_rows
 
-from .._component import (
-    HyperparametersMixin,
-    check_class_labels,
-    check_count,
-    check_embeddings,
-    check_range,
-    require,
-)
+from .. import _checks
+from .._component import HyperparametersMixin
 from ..functional import class_interference, moving_class_means
 from ..functional._distributed import gather_batch
 
@@ -96,10 +90,10 @@ class ClassInterferenceRegularizer(HyperparametersMixin, BaseRegularizer):
         generator: torch.Generator | None = None,
         **kwargs: Any,
     ) -> None:
-        check_count("num_classes", num_classes, least=2)
-        check_count("embedding_size", embedding_size)
-        require(0 <= strength < 0.5, "strength", "lie in [0, 0.5)", strength)
-        check_range(0, 1, probability=probability, momentum=momentum)
+        _checks.count("num_classes", num_classes, least=2)
+        _checks.count("embedding_size", embedding_size)
+        _checks.in_half_open_range(0, 0.5, strength=strength)
+        _checks.in_range(0, 1, probability=probability, momentum=momentum)
         super().__init__(**kwargs)
         self.num_classes = num_classes
         self.embedding_size = embedding_size
@@ -127,8 +121,8 @@ class ClassInterferenceRegularizer(HyperparametersMixin, BaseRegularizer):
         if not self.training:
             return embeddings
         self.reset_stats()
-        labels = check_class_labels(labels, self.num_classes)
-        check_embeddings(embeddings, self.embedding_size)
+        labels = _checks.class_labels(labels, self.num_classes)
+        _checks.embeddings(embeddings, self.embedding_size)
         if labels.shape != embeddings.shape[:1]:
             raise ValueError(
                 f"labels must have shape ({len(embeddings)},), got {tuple(labels.shape)}"

@@ -40,12 +40,6 @@ class SparseMatrix(NamedTuple):
         position = torch.searchsorted(keys, wanted).clamp_max(len(keys) - 1)
         return torch.where(keys[position] == wanted, self.values[position], 0)
 
-    def entries(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows (counted from ``rows.start``), columns and values of consecutive rows."""
-        limits = self.rows.new_tensor([rows.start, rows.stop])
-        start, end = torch.searchsorted(self.rows, limits).tolist()
-        return self.rows[start:end] - rows.start, self.cols[start:end], self.values[start:end]
-
     def row_sums(self) -> Tensor:
         return self.values.new_zeros(self.n).index_add_(0, self.rows, self.values)
 

@@ -75,7 +75,7 @@ def squared_distance_rows(normalized: Tensor) -> DistanceRows:
 
 
 class SparseContextualSimilarity:
-    """The contextual similarity S of n samples without slack, never made as a dense matrix.
+    """The contextual similarity S of n samples without slack, with a part of Tensor's interface.
 
     S is the symmetric part of J = (R / r) W, and only the sparse factors are kept.
     """
@@ -85,15 +85,11 @@ class SparseContextualSimilarity:
         _, _, reciprocal, weights = _factors(knn_mask, in_half)
         self._mean_weights, self._weights = _row_normalized(reciprocal), weights  # R / r, W
         self._mean_weights_t, self._weights_t = self._mean_weights.transpose(), weights.transpose()
-        self._similarity: SparseMatrix | None = None
 
-    def __getitem__(self, rows: slice) -> Tensor:
-        """(B, n) dense rows."""
-        if self._similarity is None:
-            self._similarity = _symmetric_part(self._mean_weights @ self._weights)
-        i, j, values = self._similarity.entries(rows)
-        dense = values.new_zeros(rows.stop - rows.start, self._similarity.n)
-        dense[i, j] = values
+    def to_dense(self) -> Tensor:
+        similarity = _symmetric_part(self._mean_weights @ self._weights)
+        dense = similarity.values.new_zeros(similarity.n, similarity.n)
+        dense[similarity.rows, similarity.cols] = similarity.values
         return dense
 
     def __matmul__(self, x: Tensor) -> Tensor:

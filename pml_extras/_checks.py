@@ -1,0 +1,80 @@
+"""Checks of arguments. Each raises a ValueError that says what is wanted and what was given."""
+
+import math
+from typing import Any
+
+import torch
+
+
+def require(condition: bool, name: str, wanted: str, value: Any) -> None:
+    """Raise a ValueError that says what is wanted and what was given."""
+    if not condition:
+        raise ValueError(f"{name} must {wanted}, got {value!r}")
+
+
+def count(name: str, value: int, least: int = 1) -> None:
+    require(value >= least and value % 1 == 0, name, f"be a whole number from {least} up", value)
+
+
+def non_negative(**values: float) -> None:
+    for name, value in values.items():
+        require(0 <= value < math.inf, name, "be non-negative and finite", value)
+
+
+def positive(**values: float) -> None:
+    for name, value in values.items():
+        require(0 < value < math.inf, name, "be positive and finite", value)
+
+
+def in_range(low: float, high: float, **values: float) -> None:
+    for name, value in values.items():
+        require(low <= value <= high, name, f"lie in [{low}, {high}]", value)
+
+
+def in_half_open_range(low: float, high: float, **values: float) -> None:
+    for name, value in values.items():
+        require(low <= value < high, name, f"lie in [{low}, {high})", value)
+
+
+def class_labels(labels: torch.Tensor | None, num_classes: int) -> torch.Tensor:
+    """Check that labels are class indices, and return them.
+
+    Call it before labels go to a GPU. Labels on a GPU are left to its own bounds check, because
+    reading them would make the host wait in every step.
+    """
+    if labels is None:
+        raise ValueError("labels are required")
+    if labels.is_floating_point() or labels.is_complex():
+        raise ValueError(f"labels must be integers, got {labels.dtype}")
+    if labels.device.type != "cpu":
+        return labels
+    wide = labels.long()
+    wrong = ((wide < 0) | (wide >= num_classes)).flatten().nonzero()
+    if len(wrong) > 0:
+        index = int(wrong[0])
+        raise ValueError(
+            f"labels must lie in [0, {num_classes}), got {int(wide.flatten()[index])}"
+            f" at index {index}"
+        )
+    return labels
+
+
+def embeddings(
+    x: torch.Tensor,
+    size: int | None = None,
+    name: str = "embeddings",
+    *,
+    finite: bool = False,
+) -> None:
+    """Check that embeddings are rows of floating-point numbers, of this size if it is given.
+
+    ``finite`` reads the values, which makes the host wait for a GPU.
+    """
+    if x.ndim != 2 or size not in (None, x.shape[1]):
+        wanted = f"(batch_size, {size or 'embedding_size'})"
+        raise ValueError(f"{name} must have shape {wanted}, got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"{name} must be floating-point numbers, got {x.dtype}")
+    if finite:
+        for row in (~x.isfinite().all(1)).nonzero()[:1]:
+            raise ValueError(f"{name} must be finite, and row {int(row)} is not")
