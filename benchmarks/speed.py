@@ -269,20 +269,14 @@ GPU_CASES: dict[str, tuple[str, Callable[[], Contenders], int]] = {
 }
 CASES: dict[str, tuple[str, Callable[[], Contenders], int]] = {
     **{
-        f"contextual-{n}": (f"Contextual term, N={n}, D=512", lambda n=n: contextual(n), turns)
+        f"contextual-{n}": (f"ContextualLoss, N={n}, D=512", lambda n=n: contextual(n), turns)
         for n, turns in ((128, 31), (512, 11), (1024, 15), (2048, 9), (4096, 3))
     },
-    "contextual-dense-512": (
-        "Contextual term, N=512, all samples neighbors",
-        lambda: contextual(512, noise=0.0),
+    "contextual-pml": (
+        "ContextualLoss, N=512, D=512",
+        lambda: contextual_and_multi_similarity(512),
         11,
     ),
-    "contextual-spread-1024": (
-        "Contextual term, N=1024, random embeddings",
-        lambda: contextual(1024, noise=30.0),
-        5,
-    ),
-    "contextual-pml": ("ContextualLoss, N=512", lambda: contextual_and_multi_similarity(512), 11),
     "contextual-32768": ("ContextualLoss, N=32,768, D=128", lambda: contextual_large(32768), 1),
     **{
         f"centers-{c}": (f"Center loss, C={c:,}, N=512, D=128", lambda c=c: centers(c), turns)
@@ -294,17 +288,20 @@ CASES: dict[str, tuple[str, Callable[[], Contenders], int]] = {
         15,
     ),
     "center-million": ("Center loss, C=1,000,000, with Adam", lambda: centers_large(1_000_000), 2),
-    "center-ten-million-averaged": (
+    "center-ten-million-ema": (
         'Center loss, "ema", C=10,000,000, a step',
         lambda: centers_ema(10_000_000),
         2,
     ),
     **{f"listwise-{n}": (f"Listwise KL, N={n}", lambda n=n: listwise(n), 31) for n in (112, 512)},
-    "compiled-contextual": (
-        "Contextual term, N=512, D=512, in dense products, compiled",
-        lambda: contextual_compiled(512),
-        15,
-    ),
+    **{
+        f"compiled-contextual-{n}": (
+            f"ContextualLoss, N={n}, D=512, compiled",
+            lambda n=n: contextual_compiled(n),
+            15,
+        )
+        for n in (128, 512)
+    },
     "compiled-centers": (
         "Center loss, C=1,000, N=512, D=128, compiled",
         lambda: centers_compiled(1000),

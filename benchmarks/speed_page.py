@@ -9,9 +9,9 @@ from typing import Any
 DOCS = Path(__file__).parents[1] / "docs"
 # By plot: the prefix of case names that end in a number, what the number counts, and the title.
 PLOTS = {
-    "contextual": ("contextual-", "samples in a batch", "The contextual term"),
-    "centers": ("centers-", "classes", "The center contrastive loss"),
-    "miner": ("miner-", "samples in a batch", "The contextual miner"),
+    "contextual": ("contextual-", "samples in a batch", "ContextualLoss"),
+    "centers": ("centers-", "classes", "CenterContrastiveLoss"),
+    "miner": ("miner-", "samples in a batch", "ContextualSimilarityMiner"),
 }
 
 
@@ -29,8 +29,10 @@ def render(results: Path) -> None:
         "- **ms** is the median time of a pml_extras step. **spread** is the interquartile range",
         "  of these times, relative to the median.",
         "- **MiB** is the memory of pml_extras beyond the inputs.",
-        "- *plain* is a direct implementation of the formulas, as research code has it",
-        "  (`benchmarks/reference.py`). *compiled* is pml_extras under `torch.compile`.",
+        "- *plain* is a direct implementation of the formulas. For ContextualLoss it is",
+        '  `contextual_loss(implementation="reference")`: the same terms by plain autograd. For the',
+        "  others it is in `benchmarks/reference.py`. *compiled* is pml_extras under",
+        "  `torch.compile`.",
         "",
         "Short steps are repeated for a tenth of a second in each turn, because one step after",
         "other work is slower (cold caches). The machine was busier in some rows than in others:",

@@ -32,7 +32,7 @@ class Component:
 
     takes_tuples: bool = capability(True, "Accepts the tuples of a miner")
     weights_samples: bool = capability(
-        False, "Tuples give weights to the samples instead of selecting pairs"
+        False, "Tuples weight samples by how often they occur, instead of selecting pairs"
     )
     needs_labels: bool = capability(True, "Requires labels")
     needs_teacher_embeddings: bool = capability(
@@ -42,7 +42,9 @@ class Component:
         True, "Accepts ref_emb, which DistributedLossWrapper(efficient=True) passes"
     )
     supports_cross_batch_memory: bool = capability(
-        True, "Works in CrossBatchMemory and SelfSupervisedLoss"
+        True,
+        "Works in CrossBatchMemory and SelfSupervisedLoss, and is in their supported_losses "
+        "(losses/wrappers.py)",
     )
     supports_distributed_wrapper: bool = capability(
         True,

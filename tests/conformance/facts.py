@@ -88,17 +88,20 @@ def reducer_inputs(row: Component, instance: Any) -> str:
 def loss_table() -> str:
     """The README's table of what the losses can be combined with."""
     lines = [
-        "| | a miner's tuples | references | processes | memories | distances | labels |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| | a miner's tuples | `ref_emb` | `DistributedLossWrapper(loss)` | `efficient=True` |"
+        " memories | distances | labels |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in COMPONENTS:
         if row.kind == "loss" and row.name in losses.__all__:
             tuples = "weight samples" if row.weights_samples else "choose pairs"
+            references = "yes" if row.takes_references else "refused"
             cells = [
                 f"`{row.name}`",
                 tuples if row.takes_tuples else "refused",
-                "yes" if row.takes_references else "refused",
+                "the teacher's" if row.needs_teacher_embeddings else references,
                 "yes" if row.supports_distributed_wrapper else "refused",
+                references if row.supports_distributed_wrapper else "refused",
                 "yes" if row.supports_cross_batch_memory else "refused",
                 "cosine" if row.cosine_only else "any",
                 "needed" if row.needs_labels else "not needed",

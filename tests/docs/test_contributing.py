@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text()
 FILES = re.findall(r"`([\w.-]+/[\w./-]+)`:\n\n(```|~~~)\w+\n(.*?)^\2$", GUIDE, re.M | re.S)
+SELECTION = re.findall(r"pytest -k '(.*?)'", GUIDE)
 ROWS = re.findall(r"add this \w+ to\s+`(\w+)`:\n\n```python\n(.*?)^```$", GUIDE, re.M | re.S)
 
 
@@ -57,14 +58,15 @@ def run(checkout: Path, *arguments: str) -> None:
 
 
 def test_the_example_has_all_files():
-    assert len(FILES) == 5
+    assert len(FILES) == 6
     assert [name for name, _ in ROWS] == ["COMPONENTS", "FUNCTIONS"]
+    assert len(SELECTION) == 1
 
 
 def test_a_loss_added_as_described_passes_the_tests(checkout):
     run(checkout, "conformance.facts")
     run(checkout, "pytest", "-q", *(name for name, _, _ in FILES if name.endswith(".py")))
-    ours = "ClassMean or class_mean or class-mean or test_table or every_component"
+    ours = f"{SELECTION[0]} or class-mean or every_component or every_function"
     run(checkout, "pytest", "-q", "-k", ours, "tests/conformance", "tests/docs/test_pages.py")
     formatted = [name for name, _, _ in FILES if name.endswith(".py")]
     run(checkout, "ruff", "check", *formatted)
