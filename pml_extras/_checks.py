@@ -75,6 +75,6 @@ def embeddings(
         raise ValueError(f"{name} must have shape {wanted}, got {tuple(x.shape)}")
     if not x.is_floating_point():
         raise ValueError(f"{name} must be floating-point numbers, got {x.dtype}")
-    if finite:
-        for row in (~x.isfinite().all(1)).nonzero()[:1]:
-            raise ValueError(f"{name} must be finite, and row {int(row)} is not")
+    wrong = (~x.isfinite().all(1)).nonzero().tolist() if finite else []
+    if wrong:
+        raise ValueError(f"{name} must be finite, and row {wrong[0][0]} is not")

@@ -35,17 +35,18 @@ class OptimizerReminder:
     """
 
     patience = 100  # more steps than gradients are accumulated over
-    num_unmoved_steps = 0
+    num_steps = 0
 
     def check(self, parameter: torch.Tensor, description: str) -> None:
         """Call this in each training step, before the forward pass."""
-        if parameter.grad is None or self.num_unmoved_steps == self.patience:
+        # An optimizer that has the parameter usually sets .grad to None.
+        if parameter.grad is None or self.num_steps == self.patience:
             return
-        if self.num_unmoved_steps == 0:
+        if self.num_steps == 0:
             row = parameter.grad.abs().amax(1).argmax()[None]
             self.before = parameter._version, row, parameter.detach()[row]
-        self.num_unmoved_steps += 1
-        if self.num_unmoved_steps == self.patience:
+        self.num_steps += 1
+        if self.num_steps == self.patience:
             version, row, probe_row = self.before
             # Fused optimizers do not count their changes in _version, so compare values too.
             unmoved = parameter._version == version
@@ -54,5 +55,5 @@ class OptimizerReminder:
                     f"{description} have had gradients in {self.patience} steps and have not moved:"
                     " give loss.parameters() to an optimizer, whose key in PML's trainers is"
                     ' "metric_loss_optimizer"',
-                    stacklevel=4,
+                    stacklevel=5,
                 )

@@ -37,7 +37,8 @@ class SelfDistillation(HyperparametersMixin, ModuleWithRecords):
         alpha: >= 0. The authors use 50 to 200, and up to 1000 in later work.
         temperature: > 0, in units of cosine similarity.
         **kwargs: PML's ``collect_stats``. Statistics for the log: ``base_loss``,
-            ``distillation_loss`` (before its weight) and ``distillation_weight``.
+            ``distillation_loss`` (before its weight) and ``distillation_weight``; all are 0 while
+            the weight is 0.
 
     Attributes:
         epoch: t, the number of completed epochs. The state_dict contains it, and what the teacher
@@ -91,7 +92,7 @@ class SelfDistillation(HyperparametersMixin, ModuleWithRecords):
     def forward(self, embeddings: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The wrapped loss, which gets all arguments, plus the distillation term.
 
-        In eval mode, and if gradients are disabled, it is the wrapped loss alone.
+        In eval mode, without gradients, and while the weight is 0, it is the wrapped loss alone.
         """
         self.reset_stats()
         if not (self.training and torch.is_grad_enabled() and self.weight > 0):

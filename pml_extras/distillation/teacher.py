@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .. import _checks
 
-MAX_PENDING_BATCHES = 8  # kept if no loss consumes them
+MAX_PENDING_BATCHES = 8  # kept while no loss asks for them
 
 
 class Teacher:
@@ -39,10 +39,9 @@ class Teacher:
         self._trunk = trunk
         self._student = torch.nn.Sequential(trunk, embedder or torch.nn.Identity())
         self.network: torch.nn.Module = copy.deepcopy(self._student).eval().requires_grad_(False)
-        # The arguments of the trunk's passes since a loss last consumed them, or the teacher's
-        # embeddings of them.
+        # Per pass of the trunk: its arguments, or the teacher's embeddings once computed.
         self._pending_batches: deque[tuple[Any, Any] | Tensor] = deque(maxlen=MAX_PENDING_BATCHES)
-        self._consumed = False
+        self._consumed = False  # whether a loss has asked; then the next pass clears them
         # Only after the copy, which would have the hook too.
         self._hook = trunk.register_forward_pre_hook(self._before_trunk, with_kwargs=True)
 

@@ -10,7 +10,7 @@ from ._kernels.negative_logsumexp import chunked_negative_logsumexp
 from ._kernels.precision import full_precision, pairwise_dot
 
 # Up to this many logits, plain autograd is as fast as the chunked implementation.
-DENSE_MAX_LOGITS = 1 << 16
+MAX_REFERENCE_LOGITS = 1 << 16
 
 Implementation = Literal["auto", "chunked", "reference"]
 
@@ -122,6 +122,8 @@ def negative_logsumexp(
 ) -> tuple[Tensor, Tensor]:
     r""":math:`\log\sum_{j \ne y_i} e^{s\cos(x_i, c_j)}` and :math:`\cos(x_i, c_{y_i})`, (N,) each.
 
+    Without a negative class, the first result is lower than any logit can be.
+
     Args:
         embeddings: (N, D), any scale; a zero row has cosine 0 with everything.
         centers: (C, D), any scale.
@@ -132,11 +134,12 @@ def negative_logsumexp(
             class is left out for them, and their target cosine is 0.
         implementation: as in :func:`center_contrastive_loss`.
 
-    Without a negative class, the first result is lower than any logit can be.
     """
     if implementation == "auto":
-        few = len(embeddings) * len(centers) <= DENSE_MAX_LOGITS
+        few = len(embeddings) * len(centers) <= MAX_REFERENCE_LOGITS
         implementation = "reference" if few else "chunked"
+    if implementation not in ("chunked", "reference"):
+        raise ValueError(f"unknown implementation {implementation!r}")
     if implementation == "chunked":
         return chunked_negative_logsumexp(embeddings, centers, labels, scale, class_mask, is_local)
     cosines = pairwise_dot(normalize(embeddings), normalize(centers))  # (N, C)

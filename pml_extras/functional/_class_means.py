@@ -61,13 +61,14 @@ def _batch_class_means(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tens
     and sums of integers below 2^53 are exact in float64.
     """
     n = len(labels)
-    # Number the classes of the batch below n. Rows that are not finite go to an extra slot, n.
+    # Give each class of the batch a number below n. Rows that are not finite go to slot n.
     slot = torch.searchsorted(labels.sort().values, labels.contiguous())
     row_max = embeddings.abs().amax(1)
     sum_slot = torch.where(row_max.isfinite(), slot, n)
     class_max = row_max.new_zeros(n + 1).scatter_reduce_(0, sum_slot, row_max, "amax")
     # A power of two such that n values of up to class_max stay below 2^53 steps.
     bits = 52 - n.bit_length()
+    # 2^1000 is still finite in float64.
     shift = (bits - torch.frexp(class_max).exponent).clamp_max(1000)
     steps_per_unit = torch.ldexp(class_max.new_ones(n + 1, dtype=torch.double), shift)
     integers = (embeddings * steps_per_unit[sum_slot, None]).round_()

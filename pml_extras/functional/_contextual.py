@@ -203,7 +203,7 @@ def contextual_loss(
         embeddings: (N, D), any floating dtype and scale.
         labels: (N,) integers.
         ref_emb: (R, D), R >= 1, the references. Default: the batch itself. References that equal a
-            sample bit by bit count as the sample itself.
+            sample bit by bit count as the sample itself in the contextual term.
         ref_labels: (R,) integers, required with ``ref_emb``.
         pair_weights: (N, R) twice: how often each pair counts as a positive and as a negative of
             the contrastive term. Default: all pairs of equal and of different labels, once.
@@ -214,7 +214,7 @@ def contextual_loss(
         implementation: "reference" is plain autograd. "sparse" has a hand-derived gradient
             and cannot be differentiated twice. It makes no (N, N) matrix, except for
             ``pair_weights``, is fast if neighborhoods and classes are small, and does not support
-            references. "auto" measures a sample of the neighborhoods and takes the faster one.
+            references. "auto" measures some of the neighborhoods and takes the faster one.
 
     Returns:
         :class:`ContextualLossTerms`, float32 or wider.
@@ -239,17 +239,20 @@ def contextual_loss(
             squared_distance_rows(x), num_neighbors, slack, x, labels
         )
         implementation = "sparse" if is_sparse else "reference"
+    if implementation not in ("sparse", "reference"):
+        raise ValueError(f"unknown implementation {implementation!r}")
     if implementation == "sparse" and ref_emb is not None:
         raise ValueError('implementation="sparse" does not support ref_emb')
 
     # L_similarity: the mean of all dot products is the dot product of the means.
     similarity = (x.mean(0) @ refs.mean(0) - target_similarity).square()
 
-    if implementation == "sparse" and pair_weights is None:
+    # L_context
+    if implementation == "sparse":
         contextual = sparse_contextual_term(x, labels, num_neighbors, slack)
-        contrastive = chunked_contrastive_term(x, labels, pos_margin, neg_margin)
-        return ContextualLossTerms(contextual, contrastive, similarity)
-
+        if pair_weights is None:
+            contrastive = chunked_contrastive_term(x, labels, pos_margin, neg_margin)
+            return ContextualLossTerms(contextual, contrastive, similarity)
     cosines = pairwise_dot(x, refs)  # s, (N, R)
     if ref_emb is None or ref_labels is None:
         ref_labels, ref_distances = labels, None
@@ -258,11 +261,7 @@ def contextual_loss(
         ref_distances = squared_distances(pairwise_dot(refs, refs))
         is_self = self_match_mask(embeddings, ref_emb)
     same_class = labels[:, None] == ref_labels  # y, (N, R)
-
-    # L_context
-    if implementation == "sparse":
-        contextual = sparse_contextual_term(x, labels, num_neighbors, slack)
-    else:
+    if implementation == "reference":
         distances = squared_distances(cosines)
         context = contextual_similarity(
             distances, ref_distances, num_neighbors=num_neighbors, slack=slack

@@ -85,7 +85,7 @@ def gather_batch(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def batch_hash(embeddings: Tensor, labels: Tensor) -> Tensor:
-    """() int64: a hash of the bits of a batch that does not depend on the order of its rows."""
+    """() int64: a hash of a batch that does not depend on the order of its rows."""
     rows = torch.cat([embeddings.detach(), labels[:, None].to(embeddings.dtype)], 1)
     return row_hashes(rows).sum()  # modulo 2^64
 

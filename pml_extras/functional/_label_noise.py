@@ -10,7 +10,7 @@ from ._contextual import contextual_similarity_matrix
 from ._kernels.precision import full_precision
 from ._label_vote import TIE_TOLERANCE
 
-MAX_CLASSES = 128  # whose votes are counted at a time
+CLASSES_PER_CHUNK = 128  # whose votes are counted at a time
 
 
 class LabelVote(NamedTuple):
@@ -38,9 +38,9 @@ def label_vote(embeddings: Tensor, labels: Tensor, *, num_neighbors: int = 40) -
             more reliable, until it exceeds the number of samples per class.
 
     Returns:
-        A :class:`LabelVote`. No N x N matrix is made unless neighborhoods are a large part of the
-        set. The neighbor search takes O(N² D) operations, counting the votes for C classes
-        O(N k C).
+        A :class:`LabelVote`. An N x N matrix is made only if that is faster: for small sets or
+        large neighborhoods, and on a CPU without MKL. The neighbor search takes O(N² D)
+        operations, counting the votes for C classes O(N k C).
 
     Source: ours, based on the contextual similarity of arXiv 2210.01908.
 
@@ -64,7 +64,7 @@ def label_vote(embeddings: Tensor, labels: Tensor, *, num_neighbors: int = 40) -
     classes, target, class_sizes = torch.unique(labels, return_inverse=True, return_counts=True)
     target_votes, total = normalized.new_zeros(2, n)
     most_votes, winner = normalized.new_full((n,), -torch.inf), target
-    for chunk in torch.split(torch.arange(len(classes), device=device), MAX_CLASSES):
+    for chunk in torch.split(torch.arange(len(classes), device=device), CLASSES_PER_CHUNK):
         one_hot = (target[:, None] == chunk).to(normalized.dtype)
         # S Y without the votes of the samples for themselves; rounding can leave less than 0.
         votes = (similarity @ one_hot - self_similarity * one_hot).clamp_min_(0)

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._kernels.precision import full_precision
+
 TIE_TOLERANCE = 1e-5  # a fraction of the vote that rounding can explain
 
 
@@ -17,6 +19,7 @@ class WeightedLabelVote(NamedTuple):
     """(N,) bool, whether no other class gets more votes."""
 
 
+@full_precision
 def weighted_label_vote(weights: Tensor, labels: Tensor, ref_labels: Tensor) -> WeightedLabelVote:
     """Let references vote on the labels of samples.
 

@@ -12,7 +12,7 @@ def squared_distances(similarities: Tensor) -> Tensor:
 
 
 def self_nearest(distances: Tensor, self_index: Tensor) -> Tensor:
-    """Make every sample its own nearest neighbor, at a distance without gradient.
+    """The distances with every sample as its own nearest neighbor, at a distance without gradient.
 
     Rounding, and distances that are dot products, can put other samples first.
 
@@ -31,8 +31,8 @@ def knn_radii(distances: Tensor, num_neighbors: int, slack: float) -> tuple[Tens
     to 1 or more.
     """
     k = min(num_neighbors, distances.shape[1])
-    nearest = distances.detach().topk(k, dim=1, largest=False).values + slack
-    return nearest[:, -1:], nearest[:, max(k // 2, 1) - 1, None]
+    radii = distances.detach().topk(k, dim=1, largest=False).values + slack
+    return radii[:, -1:], radii[:, max(k // 2, 1) - 1, None]
 
 
 def neighborhood_overlap(

@@ -16,6 +16,7 @@ SURE_POSITIVE = 0.25  # a positive pair with more contextual similarity is kept 
 
 
 @full_precision
+@torch.no_grad()
 def contextual_pairs(
     embeddings: Tensor,
     labels: Tensor,
@@ -37,11 +38,11 @@ def contextual_pairs(
     - A negative pair is kept unless :math:`S_{ij} > \min(v_i, v_j)`.
     - An anchor that would have no pair keeps all its pairs.
     - A kept positive is hard if S is below that of the anchor's most similar negative plus the
-      margin. A kept negative is hard if S is above that of its least similar positive minus the
-      margin.
-    - Where S is 0 the distance decides: a positive must be farther than the anchor's nearest
-      negative, a negative nearer than its farthest positive. Both samples must be probably clean,
-      because distances to a mislabeled sample mislead too.
+      margin. A kept negative is hard if S is above that of the anchor's least similar positive
+      minus the margin.
+    - Where S is 0 the distance must agree as well: a positive must be farther than the anchor's
+      nearest negative, a negative nearer than its farthest positive. Both samples must be probably
+      clean, because distances to a mislabeled sample mislead too.
 
     Args:
         embeddings: (N, D), the anchors.
@@ -75,11 +76,11 @@ def contextual_pairs(
         empty = labels.new_empty(4, 0, dtype=torch.long)
         return empty[0], empty[1], empty[2], empty[3]
     # A sample that is not finite is nobody's neighbor. Not infinity, because inf - inf is NaN.
-    not_finite = torch.finfo(embeddings.dtype).max
+    farthest = torch.finfo(embeddings.dtype).max
 
     def distances_between(x: Tensor, y: Tensor) -> Tensor:
         found = -pairwise_cosine(x, y) if distance is None else distance(x, y)
-        return found.to(embeddings.dtype).masked_fill(~found.isfinite(), not_finite)
+        return found.to(embeddings.dtype).masked_fill(~found.isfinite(), farthest)
 
     ref_context = None
     if ref_emb is None or ref_labels is None:
@@ -99,7 +100,7 @@ def contextual_pairs(
         context = similarity(distances, ref_distances)
         is_self = self_match_mask(embeddings, ref_emb)
 
-    valid = ~is_self & (distances < not_finite)  # (N, R)
+    valid = ~is_self & (distances < farthest)  # (N, R)
     same_class = labels[:, None] == ref_labels
     kept = both_clean = valid
     if filter_noise:

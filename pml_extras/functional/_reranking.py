@@ -129,13 +129,13 @@ def contextual_rerank(
         k: how many neighbors to return; clamped to R.
         num_candidates: how many of the nearest references by cosine similarity to re-rank, if more
             than k. The context of farther references counts as 0.
-        distance_weight: w in [0, 1]. With 1, only the distance counts.
+        distance_weight: w in [0, 1]. With 1, only the cosine distance counts.
         query_indices: (Q,) int64, the indices of the queries among the references, if they are
             references.
 
     Returns:
         (Q, k) distances in [0, 1], ascending, and (Q, k) int64 indices of references. A query that
-        is a reference finds itself first.
+        is a reference is among its own results, usually first.
 
     Source: ours, as an alternative to k-reciprocal re-ranking (Zhong et al. 2017, arXiv
     1701.08398).
@@ -159,8 +159,8 @@ def contextual_rerank(
         similarity, candidates = knn_search(normalized, index.embeddings, c)
         if query_indices is not None:
             similarity, candidates = _self_first(query_indices[:, None], similarity, candidates)
-    radius = index.candidate_similarity[:, num_neighbors - 1]  # (R,)
-    half_radius = index.candidate_similarity[:, half - 1]
+    threshold = index.candidate_similarity[:, num_neighbors - 1]  # (R,)
+    half_threshold = index.candidate_similarity[:, half - 1]
     size = normalized.new_full((), num_neighbors)
 
     distances = torch.empty_like(similarity)
@@ -169,8 +169,8 @@ def contextual_rerank(
         ref_neighbors = index.neighbors[candidate]  # (B, c, k)
         if query_indices is None:
             query_neighbors = candidate[:, :num_neighbors]
-            is_reciprocal_half = cosine[:, :half] >= half_radius[candidate[:, :half]]
-            in_ref_knn = cosine >= radius[candidate]
+            is_reciprocal_half = cosine[:, :half] >= half_threshold[candidate[:, :half]]
+            in_ref_knn = cosine >= threshold[candidate]
         else:
             self_index = query_indices[rows]
             query_neighbors = index.neighbors[self_index]

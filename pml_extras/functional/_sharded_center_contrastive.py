@@ -60,7 +60,7 @@ def sharded_center_contrastive_loss(
     is_local = (first_class <= labels) & (labels < first_class + len(centers))
     local_labels = torch.where(is_local, labels - first_class, 0)
     if len(centers) == 0:
-        # A masked class stands for none: this rank has to take part in all collectives.
+        # One masked class stands in for an empty shard, so that this rank joins all collectives.
         centers = pad(centers, (0, 0, 0, 1))
         class_mask = torch.zeros(1, dtype=torch.bool, device=labels.device)
     negative_lse, target_cosine = negative_logsumexp(

@@ -28,7 +28,7 @@ class ContextualKNN(HyperparametersMixin):
             value is the number of samples per class, or less. Clamped to the number of references.
         num_candidates: how many of the nearest references to re-rank, if more than the number of
             neighbors that are asked for.
-        distance_weight: w in [0, 1]. With 1, only the distance counts.
+        distance_weight: w in [0, 1]. With 1, only the cosine distance counts.
 
     Raises:
         ValueError: for a hyperparameter out of range, a call without references, or rows that are

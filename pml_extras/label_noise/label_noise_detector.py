@@ -21,7 +21,7 @@ class LabelNoiseDetector(HyperparametersMixin, torch.nn.Module):
     Call :meth:`update` with the embeddings of the whole training set, for example after each epoch.
     Each update lets the samples vote on each other's labels, weighted by contextual similarity (see
     :func:`pml_extras.functional.label_vote`). The scores are averaged over the updates, because a
-    network changes its mind about wrong labels more often than about right ones.
+    network changes its predictions for wrong labels more often than about right ones.
 
     Args:
         labels: (N,) integer labels of the training set, in the order of the dataset.
@@ -30,12 +30,13 @@ class LabelNoiseDetector(HyperparametersMixin, torch.nn.Module):
     Attributes:
         scores: (N,) float32, the mean over updates of each label's vote lift: the fraction of the
             vote that its class got, divided by the fraction expected by chance. A score below 1
-            means a label issue. All scores are 1 before the first update.
+            marks a suspected label issue. All scores are 1 before the first update.
         suggested_labels: (N,), the label with the most votes in the latest update.
-        num_updates: () int64.
+        num_updates: () int64, the number of updates so far.
 
-    An update takes a nearest-neighbor search, O(N² D) operations, and O(N k) memory. All state is
-    in the ``state_dict``, so a resumed training run continues exactly.
+    An update takes a nearest-neighbor search of O(N² D) operations. Its memory is O(N k²) at most
+    for large sets, and O(N²) if dense matrices are faster (small sets, large neighborhoods). All
+    state is in the ``state_dict``, so a resumed training run continues exactly.
 
     Raises:
         ValueError: if labels are not (N,) integers, a hyperparameter is out of range, embeddings

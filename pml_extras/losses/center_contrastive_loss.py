@@ -12,7 +12,7 @@ from ._base_center_contrastive_loss import BaseCenterContrastiveLoss
 
 
 class CenterContrastiveLoss(BaseCenterContrastiveLoss):
-    r"""Learns one center per class. Contrasts each embedding with all centers, pulls it to its own.
+    r"""Learns one center per class. Contrasts embeddings with all centers, pulls each to its own.
 
     .. math:: \ell_i = -\log\frac{e^{s(\cos_{iy_i} - m)}}
         {e^{s(\cos_{iy_i} - m)} + \sum_{j \ne y_i} e^{s\cos_{ij}}} + \lambda\,|x_i - c_{y_i}|^2
@@ -54,12 +54,12 @@ class CenterContrastiveLoss(BaseCenterContrastiveLoss):
 
     Default distance: ``CosineSimilarity()``, the only one. Default reducer: ``MeanReducer``.
     Reducer input: **loss**, one element per sample. Tuples from a miner weight the samples.
-    Statistics for the log: ``avg_center_similarity`` (to the sample's own center) and
-    ``center_accuracy`` (fraction of samples that are nearest to their own center). They need all
-    (N, C) logits.
+    Statistics for the log: ``avg_center_similarity`` (to the sample's own center, -1 if it has
+    none) and ``center_accuracy`` (fraction of samples that are nearest to their own center). They
+    need all (N, C) logits.
 
     Raises:
-        ValueError: for a label outside [0, C) (labels on a GPU are left to its own check),
+        ValueError: for a label outside [0, C) (labels on a GPU are left to the GPU's own check),
             embeddings of another size, ``ref_emb``, or a hyperparameter out of range.
 
     Source: arXiv 2308.00458, whose body was not available to us. The equation is its Equation (5)

@@ -24,8 +24,8 @@ class ContextualLoss(HyperparametersMixin, BaseMetricLossFunction):
 
     - :math:`L_\mathrm{context}`: the squared error of the contextual similarity, the overlap of two
       samples' neighborhoods, as a prediction of "same class".
-    - :math:`L_\mathrm{contrast}`: positive pairs above ``pos_margin``, negative pairs below
-      ``neg_margin``, each a mean over the active pairs, as in PML's ``ContrastiveLoss``.
+    - :math:`L_\mathrm{contrast}`: penalizes positive pairs below ``pos_margin`` and negative pairs
+      above ``neg_margin``, each by a mean over the active pairs, as in PML's ``ContrastiveLoss``.
     - :math:`L_\mathrm{similarity}`: the squared distance of the mean similarity from its target.
 
     The equations are in :func:`pml_extras.functional.contextual_loss`.
@@ -36,7 +36,8 @@ class ContextualLoss(HyperparametersMixin, BaseMetricLossFunction):
     concentrated for it.
 
     With ``ref_emb``, neighbors are references: in a :class:`CrossBatchMemory` they come from the
-    whole memory. References that equal a sample bit by bit count as the sample itself.
+    whole memory. References that equal a sample bit by bit count as the sample itself in the
+    contextual term.
 
     Large batches with small neighborhoods and classes are computed with sparse matrices, with the
     same loss and gradient. They cannot be differentiated twice; for that, use the function with
@@ -46,7 +47,7 @@ class ContextualLoss(HyperparametersMixin, BaseMetricLossFunction):
         num_neighbors: k >= 1, including the sample itself. Clamped to the batch, with a warning.
         neighborhood_slack: eps >= 0, in units of squared distance between unit vectors.
         contextual_weight: :math:`\lambda` >= 0.
-        contrastive_weight: :math:`\beta` >= 0; the authors' is :math:`1 - \lambda - \gamma`.
+        contrastive_weight: :math:`\beta` >= 0; the authors use :math:`1 - \lambda - \gamma`.
         similarity_weight: :math:`\gamma` >= 0.
         pos_margin, neg_margin: in [-1, 1], cosine similarities.
         target_similarity: in [-1, 1], a cosine similarity.
@@ -57,8 +58,8 @@ class ContextualLoss(HyperparametersMixin, BaseMetricLossFunction):
     **similarity_loss** (the same for all samples). Tuples from a miner choose the pairs of the
     contrastive term; the other two terms need the whole batch. Statistics for the log:
     ``avg_neighborhood_size``, ``avg_pos_context`` and ``avg_neg_context`` (mean contextual
-    similarity of positive and negative pairs) and ``avg_similarity``. They need the whole (N, N)
-    matrices: ``collect_stats`` costs about another forward pass and their memory.
+    similarity of positive and negative pairs) and ``avg_similarity``. They cost a forward pass with
+    dense (N, N) matrices.
 
     Raises:
         ValueError: without labels, with ``ref_emb`` but no ``ref_labels``, for embeddings that are
@@ -136,7 +137,7 @@ class ContextualLoss(HyperparametersMixin, BaseMetricLossFunction):
             labels,
             None if within_batch else ref_emb,
             None if within_batch else ref_labels,
-            _pair_weights(embeddings, labels, ref_labels, indices_tuple),
+            _pair_weights(labels, ref_labels, indices_tuple),
             num_neighbors=self.num_neighbors,
             slack=self.neighborhood_slack,
             pos_margin=self.pos_margin,
@@ -153,22 +154,22 @@ class ContextualLoss(HyperparametersMixin, BaseMetricLossFunction):
         }
 
     def _check_batch(self, labels: Tensor) -> None:
-        """Warn once if the number of neighbors does not suit the samples to find them among."""
+        """Warn once if there are fewer references, or fewer per class, than neighbors."""
         k = self.num_neighbors
         if len(labels) < k:
             if not self._warned_of_clamping:
                 self._warned_of_clamping = True
                 warnings.warn(
-                    f"num_neighbors={k} is clamped to {len(labels)} samples", stacklevel=5
+                    f"num_neighbors={k} is clamped to {len(labels)} samples", stacklevel=6
                 )
-        elif not self._checked_class_sizes:  # once, because a GPU makes the host wait
+        elif not self._checked_class_sizes:  # once, because the host waits for a GPU
             self._checked_class_sizes = True
             largest_class = int(torch.unique(labels, return_counts=True)[1].max())
             if largest_class < k:
                 warnings.warn(
-                    f"num_neighbors={k} is more than the {largest_class} samples per class in this"
-                    " batch: negatives must be among the neighbors",
-                    stacklevel=5,
+                    f"num_neighbors={k} is more than the {largest_class} samples of the largest"
+                    " class: negatives must be among the neighbors",
+                    stacklevel=6,
                 )
 
     @torch.no_grad()
@@ -195,7 +196,6 @@ class ContextualLoss(HyperparametersMixin, BaseMetricLossFunction):
 
 
 def _pair_weights(
-    embeddings: Tensor,
     labels: Tensor,
     ref_labels: Tensor,
     indices_tuple: tuple[Tensor, ...] | None,
@@ -206,7 +206,7 @@ def _pair_weights(
     a1, p, a2, n = lmu.convert_to_pairs(indices_tuple, labels, ref_labels)
 
     def count(anchors: Tensor, others: Tensor) -> Tensor:
-        counts = torch.zeros(len(labels), len(ref_labels), device=embeddings.device)
+        counts = torch.zeros(len(labels), len(ref_labels), device=labels.device)
         return counts.index_put_((anchors, others), counts.new_ones(len(anchors)), accumulate=True)
 
     return count(a1, p), count(a2, n)

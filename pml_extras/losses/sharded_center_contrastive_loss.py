@@ -48,7 +48,7 @@ class ShardedCenterContrastiveLoss(BaseCenterContrastiveLoss):
       divides by it. The gradient of the centers is not multiplied: a learning rate means the same
       as in one process.
     - Give ``loss.parameters()`` to an optimizer or a parameter group of their own, as in one
-      process. There is no reminder here.
+      process. Unlike CenterContrastiveLoss, this loss does not warn if you forget.
 
     ``centers`` and ``class_counts`` are of type ``DTensor``, sharded over the classes. Save them
     and their optimizer with ``torch.distributed.checkpoint`` (``get_state_dict``, ``save``,
@@ -122,7 +122,7 @@ class ShardedCenterContrastiveLoss(BaseCenterContrastiveLoss):
         """Nothing yet: ``_shard_centers`` makes them once the device mesh is known."""
 
     def _shard_centers(self) -> None:
-        from torch.distributed.tensor import Shard, zeros  # which some builds of torch lack
+        from torch.distributed.tensor import Shard, zeros  # some builds of torch lack it
 
         sharded: Any = {"device_mesh": self.device_mesh, "placements": [Shard(0)]}
         centers = zeros(self.num_classes, self.embedding_size, **sharded)
@@ -347,7 +347,10 @@ class RankHeader(NamedTuple):
 
 
 def _whole_batch_tuple(headers: list[RankHeader], device: torch.device) -> tuple[Tensor, ...]:
-    """The tuples of all ranks, with the samples numbered in the order of the ranks."""
+    """All indices of all ranks' tuples, with the samples numbered in the order of the ranks.
+
+    Only how often each index occurs has a meaning.
+    """
     sizes = [header.num_rows for header in headers]
     ranges = torch.arange(sum(sizes)).split_with_sizes(sizes)
     whole: list[Tensor] = []

@@ -20,7 +20,8 @@ class ContextualSimilarityMiner(HyperparametersMixin, BaseMiner):
     on each sample's label, weighted by S. A positive pair is dropped if one of its samples is
     outvoted and its S is at most 0.25. A negative pair is dropped if its S exceeds the smaller of
     the fractions of the vote for its samples' own classes. An anchor that would lose all its pairs
-    keeps them. See :func:`pml_extras.functional.contextual_pairs` for the rules.
+    keeps them. Where S is 0, the order of the distances must agree as well. See
+    :func:`pml_extras.functional.contextual_pairs` for the rules.
 
     Args:
         num_neighbors: k >= 1, including the sample itself; clamped to the number of references.

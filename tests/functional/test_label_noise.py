@@ -47,7 +47,7 @@ def assert_equals_a_loop(x, labels, k):
 def implementation(request, monkeypatch):
     monkeypatch.setattr(sparse_contextual, "MIN_SPARSITY", 0.1 if request.param else 1e9)
     monkeypatch.setattr(sparse_contextual, "CHUNK_NUMEL", 7 * 300)
-    monkeypatch.setattr(_label_noise, "MAX_CLASSES", 11)
+    monkeypatch.setattr(_label_noise, "CLASSES_PER_CHUNK", 11)
 
 
 @pytest.mark.parametrize("k", [1, 4, 12])

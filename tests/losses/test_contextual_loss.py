@@ -118,7 +118,7 @@ def test_clamps_too_many_neighbors_and_warns_once(batch):
 def test_warns_once_about_more_neighbors_than_samples_per_class():
     loss_func = ContextualLoss(num_neighbors=4)
     x, labels = torch.randn(12, 5), torch.arange(12) % 6
-    with pytest.warns(UserWarning, match="more than the 2 samples per class"):
+    with pytest.warns(UserWarning, match="more than the 2 samples of the largest class"):
         loss_func(x, labels)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -162,7 +162,7 @@ def trained(tmp_path_factory):
             folder = tmp_path_factory.mktemp("trained")
             with pytest.MonkeyPatch.context() as patch:
                 # 41 classes are processed in chunks, 5 at once.
-                patch.setattr(_center_contrastive, "DENSE_MAX_LOGITS", N * C)
+                patch.setattr(_center_contrastive, "MAX_REFERENCE_LOGITS", N * C)
                 patch.setattr(negative_logsumexp, "CHUNK_NUMEL", N * 3)
                 results[world] = run_processes(train_all, folder, world_size=world)
         return results[world]

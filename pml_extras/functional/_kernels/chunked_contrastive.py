@@ -33,14 +33,11 @@ class _ChunkedContrastiveTerm(torch.autograd.Function):
         n = len(x)
         pos_sums, neg_sums, num_active = x.new_zeros(n), x.new_zeros(n), x.new_zeros(2)
         for rows in row_chunks(n, n, CHUNK_NUMEL):
-            excess, same_class = _excess(x, labels, rows, *ctx.margins)
-            pos_excess = excess * same_class
-            pos_sums[rows] = pos_excess.sum(1)
-            neg_sums[rows] = excess.sum(1) - pos_sums[rows]
-            # Without active negatives both sums are equal, so the difference is exactly 0.
-            num_pos_active = pos_excess.count_nonzero()
-            num_active += torch.stack([num_pos_active, excess.count_nonzero() - num_pos_active])
-        # Each of the two means is divided among the anchors, times N.
+            i, _, pos_excess, neg_excess = _excess(x, labels, rows, *ctx.margins)
+            pos_sums[rows].index_add_(0, i, pos_excess)
+            neg_sums[rows] = neg_excess.sum(1)
+            num_active += torch.stack([pos_excess.count_nonzero(), neg_excess.count_nonzero()])
+        # Scaled so that the mean over the N anchors is the mean over the active pairs.
         factors = n / num_active.clamp_min_(1)
         ctx.save_for_backward(x, labels, factors)
         losses: Tensor = pos_sums * factors[0] + neg_sums * factors[1]
@@ -53,23 +50,27 @@ class _ChunkedContrastiveTerm(torch.autograd.Function):
         n = len(x)
         grad_x = torch.empty_like(x)
         for rows in row_chunks(n, n, CHUNK_NUMEL):
-            excess, same_class = _excess(x, labels, rows, *ctx.margins)
+            i, j, pos_excess, neg_excess = _excess(x, labels, rows, *ctx.margins)
             # ds_ij + ds_ji = (g_i + g_j) factor for active pairs: both ends of a pair at once
-            grad_pairs = torch.where(same_class, -factors[0], factors[1]).mul_(excess > 0)
-            grad_pairs *= grad_output[rows, None] + grad_output  # (B, N)
+            grad_pairs = (grad_output[rows, None] + grad_output).mul_(factors[1])  # (B, N)
+            grad_pairs.masked_fill_(neg_excess <= 0, 0)
+            both_ends = grad_output[rows][i] + grad_output[j]
+            grad_pairs[i, j] = -factors[0] * both_ends * (pos_excess > 0)
             grad_x[rows] = grad_pairs @ x
         return grad_x, None, None, None
 
 
 def _excess(
     x: Tensor, labels: Tensor, rows: slice, pos_margin: float, neg_margin: float
-) -> tuple[Tensor, Tensor]:
-    """How far pairs are on the wrong side of their margin, (B, N), and which are positive.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """How far pairs are on the wrong side of their margin: (m+ - s)_+ and (s - m-)_+.
 
-    This is (m+ - s)_+ for positive pairs, (s - m-)_+ for negative pairs, 0 for self pairs.
+    Returns rows (counted from ``rows.start``), columns and values of the positive pairs, and (B, N)
+    values of the negative pairs.
     """
     similarities = x[rows] @ x.T
-    same_class = labels[rows, None] == labels
-    excess = torch.where(same_class, pos_margin - similarities, similarities - neg_margin).relu_()
-    excess[:, rows].fill_diagonal_(0)
-    return excess, same_class
+    i, j = (labels[rows, None] == labels).nonzero(as_tuple=True)
+    pos_excess = (pos_margin - similarities[i, j]).relu_()
+    pos_excess.masked_fill_(i + rows.start == j, 0)  # no self pairs
+    similarities[i, j] = -2  # below any margin
+    return i, j, pos_excess, similarities.sub_(neg_margin).relu_()

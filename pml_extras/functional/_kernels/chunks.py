@@ -1,4 +1,4 @@
-"""Large results, computed one chunk at a time."""
+"""Helpers for results that are computed one chunk at a time."""
 
 import torch
 from torch import Tensor

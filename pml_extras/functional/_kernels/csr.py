@@ -45,7 +45,7 @@ class SparseMatrix(NamedTuple):
 
 
 def same_class_matrix(class_index: Tensor, values: Tensor) -> SparseMatrix:
-    """The matrix with a value per sample, (n,), in its row's entries of the same class."""
+    """The matrix whose row i holds ``values[i]`` in the columns of i's class."""
     n, sizes = len(class_index), torch.bincount(class_index)
     num_same, first = sizes[class_index], (sizes.cumsum(0) - sizes)[class_index]
     rows = torch.arange(n, device=sizes.device).repeat_interleave(num_same)

@@ -81,7 +81,8 @@ class _ChunkedNegativeLogSumExp(torch.autograd.Function):
     def backward(ctx: Any, grad_lse: Tensor, grad_target: Tensor) -> tuple[Tensor | None, ...]:
         centers, labels, class_mask, is_local, *saved = ctx.saved_tensors
         x, x_norms, negative_lse, mean_center, target_center, *saved = saved
-        grad_lse, grad_target = ctx.scale * grad_lse[:, None], grad_target[:, None]  # (N, 1)
+        # (N, 1); the scale turns gradients of logits into gradients of cosines
+        grad_lse, grad_target = ctx.scale * grad_lse[:, None], grad_target[:, None]
         if is_local is not None:
             grad_target = grad_target * is_local[:, None]
         grad_embeddings = grad_centers = None

@@ -26,8 +26,7 @@ def disable_autocast(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def kernel_backward(function: Callable[P, T]) -> Callable[P, T]:
-    """For hand-written backwards: they ignore autocast, as forward does inside
-    :func:`full_precision`, and refuse to be differentiated."""
+    """For hand-written backwards: no autocast, and no second derivative."""
 
     @functools.wraps(function)
     @disable_autocast
@@ -42,7 +41,7 @@ def kernel_backward(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def full_precision(function: Callable[P, T]) -> Callable[P, T]:
-    """Run ``function`` without autocast, with all floating tensors in their widest dtype.
+    """Run ``function`` without autocast, with all floating tensor arguments in their widest dtype.
 
     The dtype is at least float32: counts and thresholds are wrong in bfloat16, and exponentials
     overflow in float16.

@@ -23,7 +23,7 @@ def self_match_mask(embeddings: Tensor, ref_emb: Tensor) -> Tensor:
         >>> self_match_mask(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 2.0], [2.0, 1.0]]))
         tensor([[ True, False]])
     """
-    # Comparing the rows themselves takes an (N, R, D) tensor; sorting them makes a GPU's host wait.
+    # Comparing the rows takes an (N, R, D) tensor; sorting them makes the host wait for a GPU.
     return row_hashes(embeddings)[:, None] == row_hashes(ref_emb)
 
 

@@ -1,7 +1,14 @@
 """The contextual similarity and the contextual term of a batch in sparse matrices.
 
-Neighborhoods have a few members, so the neighborhoods M, the weights W, the reciprocal neighbors R
-and their products have a few entries per row. No dense (N, N) matrix is made.
+Neighborhoods have few members, so the matrices and their products have few entries per row. No
+dense (N, N) matrix is made, except by ``to_dense``.
+
+    M, M'   neighborhoods of k and of k // 2     c   row sums of M
+    G       M M^T, shared neighbors              H   overlap, from G and c
+    W       H * M                                R   M' * M'^T, reciprocal neighbors
+    r       row sums of R                        J   (R / r) W
+    S       (J + J^T) / 2                        Y   1 for pairs of the same class
+    dX      gradient of the loss by X
 """
 
 from collections.abc import Callable
@@ -22,7 +29,7 @@ from .csr import SparseMatrix, same_class_matrix
 from .precision import kernel_backward
 
 CHUNK_NUMEL = 1 << 21  # distances computed at a time
-# Sparse products are faster on CPU cores if a batch is this many times larger than a neighborhood.
+# Sparse products are faster if a batch is this many times larger than a neighborhood or a class.
 MIN_SPARSITY = 60
 # On a GPU, smaller batches are faster dense: sparse products make the host wait.
 MIN_SAMPLES_ON_GPU = 8192
@@ -58,6 +65,7 @@ def prefers_sparse(
     )
     if n < min_samples or torch.compiler.is_compiling():  # compiled code cannot branch on values
         return False
+    # torch's products of CSR matrices on a CPU need MKL.
     if device.type != "cuda" and not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
         return False
     rows = slice(0, n, n // 16)
@@ -81,8 +89,8 @@ class SparseContextualSimilarity:
     """
 
     def __init__(self, distance_rows: DistanceRows, num_neighbors: int, samples: Tensor) -> None:
-        knn_mask, in_half = _neighborhoods(distance_rows, num_neighbors, 0.0, samples)
-        _, _, reciprocal, weights = _factors(knn_mask, in_half)
+        knn_mask, in_half = _knn_matrix(distance_rows, num_neighbors, 0.0, samples)
+        _, _, reciprocal, weights = _matrices(knn_mask, in_half)
         self._mean_weights, self._weights = _row_normalized(reciprocal), weights  # R / r, W
         self._mean_weights_t, self._weights_t = self._mean_weights.transpose(), weights.transpose()
 
@@ -106,7 +114,7 @@ class SparseContextualSimilarity:
         ).row_sums()
 
 
-def _neighborhoods(
+def _knn_matrix(
     distance_rows: DistanceRows, num_neighbors: int, slack: float, samples: Tensor
 ) -> tuple[SparseMatrix, Tensor]:
     """M, and a mask of its entries that lie in the neighborhoods of k // 2 as well."""
@@ -124,7 +132,7 @@ def _neighborhoods(
     return SparseMatrix(keys // n, keys % n, ones, n), in_half
 
 
-def _factors(
+def _matrices(
     knn_mask: SparseMatrix, in_half: Tensor
 ) -> tuple[SparseMatrix, SparseMatrix, SparseMatrix, SparseMatrix]:
     """M', G = M M^T, R and W, from M."""
@@ -139,12 +147,12 @@ def _factors(
 
 
 def _row_normalized(reciprocal: SparseMatrix) -> SparseMatrix:
-    """R / r"""
+    """R / r."""
     return reciprocal.with_values(1 / reciprocal.row_sums()[reciprocal.rows])
 
 
 def _symmetric_part(context: SparseMatrix) -> SparseMatrix:
-    """S = (J + J^T) / 2"""
+    """S = (J + J^T) / 2."""
     total = context.plus(context.transpose())
     return total.with_values(total.values / 2)
 
@@ -153,11 +161,12 @@ class _SparseContextualTerm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, labels: Tensor, k: int, slack: float) -> Tensor:
         n = len(x)
-        knn_mask, in_half = _neighborhoods(squared_distance_rows(x), k, slack, x)
-        half_knn_mask, shared, reciprocal, weights = _factors(knn_mask, in_half)
+        knn_mask, in_half = _knn_matrix(squared_distance_rows(x), k, slack, x)
+        half_knn_mask, shared, reciprocal, weights = _matrices(knn_mask, in_half)
         context = _symmetric_part(_row_normalized(reciprocal) @ weights)
 
-        # sum_j (S - Y)^2 = sum_j Y^2 + sum over the entries of S of ((S - Y)^2 - Y^2)
+        # sum_j (S - Y)^2 = sum_j Y^2 + sum over the entries of S of ((S - Y)^2 - Y^2). Y^2 = Y, and
+        # its sum without j = i is the class size - 1.
         _, class_index, class_sizes = torch.unique(labels, return_inverse=True, return_counts=True)
         i, j = context.rows, context.cols
         same_class = (labels[i] == labels[j]).to(x.dtype)
@@ -181,7 +190,8 @@ class _SparseContextualTerm(torch.autograd.Function):
         )
         size, num_reciprocal = knn_mask.row_sums(), reciprocal.row_sums()  # c, r: (N,)
 
-        # d(R W) = (g_i + g_j) (S - Y) / (N r_i) off the diagonal, where g is grad_output
+        # L = sum g_i (S - Y)^2 / N with g = grad_output gives dJ = (g_i + g_j) (S - Y) / N off the
+        # diagonal, and d(R W) = dJ / r_i
         errors = context.plus(same_class_matrix(class_index, x.new_full((n,), -1.0)))
         i, j = errors.rows, errors.cols
         pair_grads = (grad_output[i] + grad_output[j]) / (n * num_reciprocal[i])
@@ -193,30 +203,37 @@ class _SparseContextualTerm(torch.autograd.Function):
         grad_reciprocal = grad_product @ weights.transpose()
         i, j = reciprocal.rows, reciprocal.cols
         row_means = reciprocal.with_values(grad_reciprocal.at(i, j)).row_sums() / num_reciprocal
-        # dM' = M'^T * (dR + dR^T), computed as its transpose
+        # dM' = M'^T * (dR + dR^T). The bracket is symmetric, so its transpose has M' entries.
         i, j = half_knn_mask.rows, half_knn_mask.cols
         grad_half_knn = half_knn_mask.with_values(
             grad_reciprocal.at(i, j) - row_means[i] + grad_reciprocal.at(j, i) - row_means[j]
         )
 
-        # dH = dW * M; H = (G / c_i + (N - c_i - c_j + G) / (N - c_i)) / 2
+        # dH = dW * M. H = (G / c_i + (N - c_i - c_j + G) / (N - c_i)) / 2; denominators have no
+        # gradient
         i, j = knn_mask.rows, knn_mask.cols
-        grad_overlap = grad_weights.at(i, j) / 2
-        grad_size_terms = knn_mask.with_values(grad_overlap / (n - size).clamp_min(1)[i])
+        half_grad_overlap = grad_weights.at(i, j) / 2
+        grad_size_terms = knn_mask.with_values(half_grad_overlap / (n - size).clamp_min(1)[i])
+        # dc_i collects both places of c, as c_i and as c_j
         grad_size = -(grad_size_terms.row_sums() + grad_size_terms.transpose().row_sums())
-        grad_shared = knn_mask.with_values(grad_overlap / size[i] + grad_size_terms.values)  # dG
+        grad_shared = knn_mask.with_values(
+            half_grad_overlap / size[i] + grad_size_terms.values
+        )  # dG
         # dM = dW * H + (dG + dG^T) M + dc_i; the last part follows below
         i, j = grad_weights.rows, grad_weights.cols
         overlap = neighborhood_overlap(shared.at(i, j), size[i], size[j], n)
         grad_knn = grad_weights.with_values(grad_weights.values * overlap)
         grad_knn = grad_knn.plus(grad_shared.plus(grad_shared.transpose()) @ knn_mask)
 
-        # ds = -2 slope (dM + dM') for D = 2 - 2 s, without gradient on the diagonal
-        grad_cosine = grad_knn.plus(grad_half_knn.transpose())
-        i, j = grad_cosine.rows, grad_cosine.cols
-        grad_cosine = grad_cosine.with_values(grad_cosine.values.masked_fill(i == j, 0))
-        grad_x = grad_cosine.plus(grad_cosine.transpose()).matmul_dense(x)
-        # dc_i is the same in all of row i off the diagonal: its product with x needs no matrix
+        # D = 2 - 2 s and dD = slope (dM + dM'), so ds = -2 slope E with E = dM + dM' off the
+        # diagonal. The factor follows in the last line. The clamp of D needs no gradient: it only
+        # acts on parallel vectors, where normalize has none.
+        grad_steps = grad_knn.plus(grad_half_knn.transpose())
+        i, j = grad_steps.rows, grad_steps.cols
+        grad_steps = grad_steps.with_values(grad_steps.values.masked_fill(i == j, 0))
+        grad_x = grad_steps.plus(grad_steps.transpose()).matmul_dense(x)
+        # dc_i is the same in all of row i off the diagonal: its product with x, and that of the
+        # transpose, need no matrix
         grad_x += grad_size[:, None] * (x.sum(0) - x)
         grad_x += grad_size @ x - grad_size[:, None] * x
         return -2 * STEP_SLOPE * grad_x, None, None, None

@@ -17,7 +17,7 @@ def implementation(request, monkeypatch):
     saved = {"none saved": 0, "some saved": 3 * 7 * N, "all saved": N * C}
     monkeypatch.setattr(kernel, "MAX_SAVED_LOGITS", saved.get(request.param, 0))
     dense_max = N * C if request.param == "reference" else 0
-    monkeypatch.setattr(_center_contrastive, "DENSE_MAX_LOGITS", dense_max)
+    monkeypatch.setattr(_center_contrastive, "MAX_REFERENCE_LOGITS", dense_max)
     return "reference" if request.param == "reference" else "chunked"
 
 
