@@ -1,7 +1,6 @@
 """What all components share: hyperparameters in the repr and the log, and the losses' format."""
 
 import inspect
-import warnings
 from typing import Any
 
 import torch
@@ -17,6 +16,11 @@ class HyperparametersMixin:
         values = {name: vars(self).get(name) for name in names}
         return {n: v for n, v in values.items() if isinstance(v, (bool, int, float, str))}
 
+    def record(self: Any, *stats: str) -> None:
+        """Let PML's loggers record the hyperparameters, and these statistics if they are on."""
+        self.add_to_recordable_attributes(list_of_names=list(self.hyperparameters()))
+        self.add_to_recordable_attributes(list_of_names=list(stats), is_stat=True)
+
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.hyperparameters().items())
 
@@ -28,7 +32,7 @@ def element_losses(losses: torch.Tensor) -> dict[str, Any]:
 
 
 class OptimizerReminder:
-    """Warns once if a parameter gets gradients in 100 steps and does not move.
+    """Detects a parameter that gets gradients in 100 steps and does not move.
 
     PML's users give a loss's parameters to an optimizer of their own. Forgetting it has no other
     sign than low accuracy.
@@ -37,23 +41,17 @@ class OptimizerReminder:
     patience = 100  # more steps than gradients are accumulated over
     num_steps = 0
 
-    def check(self, parameter: torch.Tensor, description: str) -> None:
-        """Call this in each training step, before the forward pass."""
+    def is_due(self, parameter: torch.Tensor) -> bool:
+        """Call this in each training step, before the forward pass. True at most once."""
         # An optimizer that has the parameter usually sets .grad to None.
         if parameter.grad is None or self.num_steps == self.patience:
-            return
+            return False
         if self.num_steps == 0:
             row = parameter.grad.abs().amax(1).argmax()[None]
             self.before = parameter._version, row, parameter.detach()[row]
         self.num_steps += 1
-        if self.num_steps == self.patience:
-            version, row, probe_row = self.before
-            # Fused optimizers do not count their changes in _version, so compare values too.
-            unmoved = parameter._version == version
-            if unmoved and torch.equal(parameter.detach()[row].to(probe_row), probe_row):
-                warnings.warn(
-                    f"{description} have had gradients in {self.patience} steps and have not moved:"
-                    " give loss.parameters() to an optimizer, whose key in PML's trainers is"
-                    ' "metric_loss_optimizer"',
-                    stacklevel=5,
-                )
+        version, row, probe_row = self.before
+        # Fused optimizers do not count their changes in _version, so compare values too.
+        if self.num_steps < self.patience or parameter._version != version:
+            return False
+        return torch.equal(parameter.detach()[row].to(probe_row), probe_row)

@@ -85,9 +85,7 @@ class SelfDistillation(HyperparametersMixin, ModuleWithRecords):
         self.alpha = alpha
         self.temperature = temperature
         self.epoch = 0
-        self.add_to_recordable_attributes(list_of_names=list(self.hyperparameters()))
-        stats = ["base_loss", "distillation_loss", "distillation_weight"]
-        self.add_to_recordable_attributes(list_of_names=stats, is_stat=True)
+        self.record("base_loss", "distillation_loss", "distillation_weight")
 
     def forward(self, embeddings: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The wrapped loss, which gets all arguments, plus the distillation term.
@@ -97,8 +95,7 @@ class SelfDistillation(HyperparametersMixin, ModuleWithRecords):
         self.reset_stats()
         if not (self.training and torch.is_grad_enabled() and self.weight > 0):
             self.teacher.clear()
-            base_loss: Tensor = self.loss(embeddings, *args, **kwargs)
-            return base_loss
+            return self.loss(embeddings, *args, **kwargs)  # type: ignore[no-any-return]
         # The teacher first: if the embeddings are not of its batch, the loss must not change state.
         distillation: Tensor = self.distillation(
             embeddings, ref_emb=self.teacher.embed(len(embeddings))

@@ -34,8 +34,7 @@ def gather_rows(x: Tensor, sizes: list[int], group: Group = None) -> Tensor:
     Returns:
         (sum of sizes, ...).
     """
-    rows: Tensor = _GatherRows.apply(x, sizes, group)  # type: ignore[no-untyped-call]
-    return rows
+    return _GatherRows.apply(x, sizes, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def copy_to_parallel(x: Tensor, group: Group = None) -> Tensor:
@@ -43,14 +42,12 @@ def copy_to_parallel(x: Tensor, group: Group = None) -> Tensor:
 
     Backward sums the gradients of all ranks.
     """
-    copy: Tensor = _CopyToParallel.apply(x, group)  # type: ignore[no-untyped-call]
-    return copy
+    return _CopyToParallel.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def all_reduce_sum(x: Tensor, group: Group = None) -> Tensor:
     """The sum of all ranks' ``x``, with gradient."""
-    total: Tensor = _AllReduceSum.apply(x, group)  # type: ignore[no-untyped-call]
-    return total
+    return _AllReduceSum.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def all_reduce_logsumexp(x: Tensor, group: Group = None) -> Tensor:

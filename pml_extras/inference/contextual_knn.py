@@ -95,15 +95,14 @@ class ContextualKNN(HyperparametersMixin):
         else:
             raise ValueError("there are no references: pass some, or call train first")
         _checks.embeddings(query, index.embeddings.shape[1], "query", finite=True)
+        query_index = torch.arange(len(query), device=query.device)
         distances, indices = contextual_rerank(
             query,
             index,
             k,
             num_candidates=self.num_candidates,
             distance_weight=self.distance_weight,
-            query_indices=torch.arange(len(query), device=query.device)
-            if ref_includes_query
-            else None,
+            query_indices=query_index if ref_includes_query else None,
         )
         return return_results(distances, indices, ref_includes_query)
 

@@ -57,9 +57,7 @@ class BaseCenterContrastiveLoss(
         self.center_update = center_update
         self.momentum = momentum
         self.label_smoothing = label_smoothing
-        self.add_to_recordable_attributes(list_of_names=list(self.hyperparameters()))
-        stats = ["avg_center_similarity", "center_accuracy"]
-        self.add_to_recordable_attributes(list_of_names=stats, is_stat=True)
+        self.record("avg_center_similarity", "center_accuracy")
         self._make_centers()
 
     @property

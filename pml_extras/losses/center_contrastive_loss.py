@@ -1,5 +1,7 @@
 """Center Contrastive Loss (arXiv 2308.00458)."""
 
+import warnings
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -96,8 +98,13 @@ class CenterContrastiveLoss(BaseCenterContrastiveLoss):
         ref_labels: Tensor | None = None,
     ) -> Tensor:
         _checks.class_labels(labels, self.num_classes)
-        if self.training and not self.uses_ema:
-            self._optimizer_reminder.check(self.centers, f"the centers of {type(self).__name__}")
+        if self.training and not self.uses_ema and self._optimizer_reminder.is_due(self.centers):
+            warnings.warn(
+                f"the centers of {type(self).__name__} have had gradients in 100 steps and have not"
+                " moved: give loss.parameters() to an optimizer, whose key in PML's trainers is"
+                ' "metric_loss_optimizer"',
+                stacklevel=4,
+            )
         return super().forward(embeddings, labels, indices_tuple, ref_emb, ref_labels)
 
     def _sample_losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:

@@ -110,9 +110,7 @@ class ContextualLoss(HyperparametersMixin, BaseMetricLossFunction):
         self.pos_margin = pos_margin
         self.neg_margin = neg_margin
         self.target_similarity = target_similarity
-        self.add_to_recordable_attributes(list_of_names=list(self.hyperparameters()))
-        stats = ["avg_neighborhood_size", "avg_pos_context", "avg_neg_context", "avg_similarity"]
-        self.add_to_recordable_attributes(list_of_names=stats, is_stat=True)
+        self.record("avg_neighborhood_size", "avg_pos_context", "avg_neg_context", "avg_similarity")
         self._checked_class_sizes = self._warned_of_clamping = False
 
     def compute_loss(

@@ -54,7 +54,7 @@ class ListwiseDistillationLoss(HyperparametersMixin, BaseMetricLossFunction):
         c_f.assert_distance_type(self, CosineSimilarity, p=2, power=1)
         self.temperature = temperature
         self.include_self = include_self
-        self.add_to_recordable_attributes(list_of_names=list(self.hyperparameters()))
+        self.record()
 
     def compute_loss(
         self,

@@ -19,14 +19,10 @@ from ..functional import (
     sharded_center_contrastive_loss,
 )
 from ..functional._distributed import all_reduce, batch_hash, gather_rows
-from ..functional._kernels.chunks import row_chunks
 from ._base_center_contrastive_loss import BaseCenterContrastiveLoss
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-
-CHUNK_NUMEL = 1 << 21  # cosines computed at a time for the statistics
 
 
 class ShardedCenterContrastiveLoss(BaseCenterContrastiveLoss):
@@ -75,9 +71,10 @@ class ShardedCenterContrastiveLoss(BaseCenterContrastiveLoss):
         first_class: the index of this rank's first class.
 
     Default distance, default reducer, reducer input and statistics: as
-    :class:`CenterContrastiveLoss`, of the whole batch. A tuple from a miner numbers the samples as
-    ``DistributedMinerWrapper`` does, this rank's first, and the tuples of all ranks are summed; so
-    a tuple from a miner that saw only its own rank's part works too.
+    :class:`CenterContrastiveLoss`, of the whole batch. The statistics need its logits with all of
+    this rank's classes. A tuple from a miner numbers the samples as ``DistributedMinerWrapper``
+    does, this rank's first, and the tuples of all ranks are summed; so a tuple from a miner that
+    saw only its own rank's part works too.
 
     Raises:
         RuntimeError: if no process group is initialized.
@@ -164,11 +161,6 @@ class ShardedCenterContrastiveLoss(BaseCenterContrastiveLoss):
     def first_class(self) -> int:
         return sum(self.shard_sizes[: self.rank])
 
-    @property
-    def _class_mask(self) -> Tensor | None:
-        """(C_r,) bool, which of this rank's classes have a center; None if all have."""
-        return _local(self.class_counts) > 0 if self.uses_ema else None
-
     def forward(
         self,
         embeddings: Tensor,
@@ -205,7 +197,7 @@ class ShardedCenterContrastiveLoss(BaseCenterContrastiveLoss):
             margin=self.margin,
             center_weight=self.center_weight,
             label_smoothing=self.label_smoothing,
-            class_mask=self._class_mask,
+            class_mask=_local(self.class_counts) > 0 if self.uses_ema else None,
             group=self.group,
         )
 
@@ -233,35 +225,31 @@ class ShardedCenterContrastiveLoss(BaseCenterContrastiveLoss):
         logits of all ranks' rows with all classes.
         """
         headers = self._gather_headers(lambda: self._rows_header(embeddings))
-        logits = self.scale * self._cosines(self._gather(embeddings, headers), slice(None))
+        logits = self.scale * self._cosines(self._gather(embeddings, headers))
         all_logits = gather_rows(logits.T, self.shard_sizes, self.group).T
         return all_logits.split_with_sizes([header.num_rows for header in headers])[self.rank]
 
-    def _cosines(self, embeddings: Tensor, classes: slice) -> Tensor:
-        cosines = pairwise_cosine(embeddings, _local(self.centers)[classes])
-        class_mask = self._class_mask
-        if class_mask is None:
+    def _cosines(self, embeddings: Tensor) -> Tensor:
+        """(N, C_r), with this rank's centers; -inf for unseen classes."""
+        cosines = pairwise_cosine(embeddings, _local(self.centers))
+        if not self.uses_ema:
             return cosines
-        return cosines.masked_fill(~class_mask[classes], -torch.inf)
+        return cosines.masked_fill(_local(self.class_counts) == 0, -torch.inf)
 
     @torch.no_grad()
     def _set_stats(self, embeddings: Tensor, labels: Tensor) -> None:
-        dtype = torch.promote_types(embeddings.dtype, self.centers.dtype)
-        dtype = torch.promote_types(dtype, torch.float32)
-        largest = embeddings.new_full((len(labels),), -torch.inf, dtype=dtype)
-        target, nearest = largest.clone(), torch.full_like(labels, self.num_classes)
-        for classes in row_chunks(self.shard_sizes[self.rank], len(labels), CHUNK_NUMEL):
-            cosines = self._cosines(embeddings, classes)
-            first = self.first_class + classes.start
-            column = (labels - first).clamp(0, cosines.shape[1] - 1)[:, None]
-            inside = labels == column.squeeze(1) + first
-            target = torch.where(inside, cosines.gather(1, column).squeeze(1), target)
-            chunk_largest, chunk_nearest = cosines.max(1)
-            nearest = torch.where(chunk_largest > largest, chunk_nearest + first, nearest)
-            largest = largest.maximum(chunk_largest)
+        cosines = self._cosines(embeddings)
+        num_local = cosines.shape[1]
+        if num_local == 0:  # a class that is nobody's nearest
+            cosines = cosines.new_full((len(labels), 1), -torch.inf)
+        local_labels = labels - self.first_class
+        inside = (local_labels >= 0) & (local_labels < num_local)
+        target = cosines.gather(1, torch.where(inside, local_labels, 0)[:, None]).squeeze(1)
+        target = torch.where(inside, target, -torch.inf)
+        largest, nearest = cosines.max(1)
         # The nearest center of all ranks; of equally near ones, the lowest class.
         is_nearest = largest == all_reduce(largest, "max", self.group)
-        nearest = torch.where(is_nearest, nearest, self.num_classes)
+        nearest = torch.where(is_nearest, nearest + self.first_class, self.num_classes)
         nearest = all_reduce(nearest, "min", self.group)
         target = all_reduce(target, "max", self.group).clamp_min(-1)
         self.avg_center_similarity = target.mean().item()
@@ -369,8 +357,7 @@ def _whole_batch_tuple(headers: list[RankHeader], device: torch.device) -> tuple
 
 def _local(tensor: Tensor) -> Tensor:
     """This rank's part of a ``DTensor``."""
-    local: Tensor = tensor.to_local()  # type: ignore[attr-defined]
-    return local
+    return tensor.to_local()  # type: ignore[attr-defined, no-any-return]
 
 
 def _default_mesh() -> DeviceMesh:

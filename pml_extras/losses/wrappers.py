@@ -29,8 +29,7 @@ class CrossBatchMemory(losses.CrossBatchMemory):
 
     def forward(self, embeddings: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         c_f.labels_required(labels)
-        loss: Tensor = super().forward(embeddings, labels, *args, **kwargs)
-        return loss
+        return super().forward(embeddings, labels, *args, **kwargs)  # type: ignore[no-any-return]
 
     def get_extra_state(self) -> dict[str, Any]:
         return {"queue_idx": self.queue_idx, "has_been_filled": self.has_been_filled}

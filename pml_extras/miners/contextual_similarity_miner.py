@@ -65,7 +65,7 @@ class ContextualSimilarityMiner(HyperparametersMixin, BaseMiner):
         self.num_neighbors = num_neighbors
         self.margin = margin
         self.filter_noise = filter_noise
-        self.add_to_recordable_attributes(list_of_names=list(self.hyperparameters()))
+        self.record()
 
     def mine(
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor

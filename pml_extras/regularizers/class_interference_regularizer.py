@@ -103,9 +103,7 @@ class ClassInterferenceRegularizer(HyperparametersMixin, BaseRegularizer):
         self.normalize = normalize
         self.random_strength = random_strength
         self.generator = generator
-        self.add_to_recordable_attributes(list_of_names=list(self.hyperparameters()))
-        stats = ["avg_shift", "num_seen_classes"]
-        self.add_to_recordable_attributes(list_of_names=stats, is_stat=True)
+        self.record("avg_shift", "num_seen_classes")
         self._pending_batch: tuple[Tensor, Tensor] | None = None  # not yet in the means
         self.register_buffer("class_means", torch.zeros(num_classes, embedding_size))
         self.register_buffer("class_counts", torch.zeros(num_classes, dtype=torch.long))

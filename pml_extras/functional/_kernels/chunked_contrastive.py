@@ -18,10 +18,9 @@ def chunked_contrastive_term(
 
     Similarities are computed one chunk of rows at a time, and recomputed in backward.
     """
-    losses: Tensor = _ChunkedContrastiveTerm.apply(  # type: ignore[no-untyped-call]
+    return _ChunkedContrastiveTerm.apply(  # type: ignore[no-any-return, no-untyped-call]
         normalized, labels, pos_margin, neg_margin
     )
-    return losses
 
 
 class _ChunkedContrastiveTerm(torch.autograd.Function):
@@ -40,8 +39,7 @@ class _ChunkedContrastiveTerm(torch.autograd.Function):
         # Scaled so that the mean over the N anchors is the mean over the active pairs.
         factors = n / num_active.clamp_min_(1)
         ctx.save_for_backward(x, labels, factors)
-        losses: Tensor = pos_sums * factors[0] + neg_sums * factors[1]
-        return losses
+        return pos_sums * factors[0] + neg_sums * factors[1]
 
     @staticmethod
     @kernel_backward

@@ -22,8 +22,7 @@ class SparseMatrix(NamedTuple):
         return _from_csr(_to_csr(self) @ _to_csr(other))
 
     def matmul_dense(self, dense: Tensor) -> Tensor:
-        product: Tensor = _to_csr(self) @ dense
-        return product
+        return _to_csr(self) @ dense
 
     def plus(self, other: SparseMatrix) -> SparseMatrix:
         return _from_csr(_to_csr(self) + _to_csr(other))
@@ -44,8 +43,8 @@ class SparseMatrix(NamedTuple):
         return self.values.new_zeros(self.n).index_add_(0, self.rows, self.values)
 
 
-def same_class_matrix(class_index: Tensor, values: Tensor) -> SparseMatrix:
-    """The matrix whose row i holds ``values[i]`` in the columns of i's class."""
+def same_class_matrix(class_index: Tensor, value: Tensor) -> SparseMatrix:
+    """The matrix with a value, (), at all pairs of samples of the same class."""
     n, sizes = len(class_index), torch.bincount(class_index)
     num_same, first = sizes[class_index], (sizes.cumsum(0) - sizes)[class_index]
     rows = torch.arange(n, device=sizes.device).repeat_interleave(num_same)
@@ -53,7 +52,7 @@ def same_class_matrix(class_index: Tensor, values: Tensor) -> SparseMatrix:
     starts = first - (num_same.cumsum(0) - num_same)
     position = starts[rows] + torch.arange(len(rows), device=sizes.device)
     cols = class_index.argsort(stable=True)[position]
-    return SparseMatrix(rows, cols, values[rows], n)
+    return SparseMatrix(rows, cols, value.expand(len(rows)), n)
 
 
 def _sorted(rows: Tensor, cols: Tensor, values: Tensor, n: int) -> SparseMatrix:

@@ -28,10 +28,9 @@ def chunked_negative_logsumexp(
     ``MAX_SAVED_LOGITS`` numbers. Backward recomputes the rest, and only if the centers need a
     gradient. The gradient of the embeddings needs each softmax once; forward computes it.
     """
-    results: tuple[Tensor, Tensor] = _ChunkedNegativeLogSumExp.apply(  # type: ignore[no-untyped-call]
+    return _ChunkedNegativeLogSumExp.apply(  # type: ignore[no-any-return, no-untyped-call]
         embeddings, centers, labels, scale, class_mask, is_local
     )
-    return results
 
 
 class _ChunkedNegativeLogSumExp(torch.autograd.Function):

@@ -40,8 +40,7 @@ DistanceRows = Callable[[slice], Tensor]
 
 def sparse_contextual_term(normalized: Tensor, labels: Tensor, k: int, slack: float) -> Tensor:
     """The contextual term, (N,), of normalized embeddings (N, D) with labels (N,)."""
-    losses: Tensor = _SparseContextualTerm.apply(normalized, labels, k, slack)  # type: ignore[no-untyped-call]
-    return losses
+    return _SparseContextualTerm.apply(normalized, labels, k, slack)  # type: ignore[no-any-return, no-untyped-call]
 
 
 @torch.no_grad()
@@ -176,8 +175,7 @@ class _SparseContextualTerm(torch.autograd.Function):
         matrices = (knn_mask, half_knn_mask, shared, reciprocal, weights, context)
         tensors = [t for m in matrices for t in (m.rows, m.cols, m.values)]
         ctx.save_for_backward(x, class_index, *tensors)
-        mean_losses: Tensor = losses / n
-        return mean_losses
+        return losses / n  # type: ignore[no-any-return]
 
     @staticmethod
     @kernel_backward
@@ -192,7 +190,7 @@ class _SparseContextualTerm(torch.autograd.Function):
 
         # L = sum g_i (S - Y)^2 / N with g = grad_output gives dJ = (g_i + g_j) (S - Y) / N off the
         # diagonal, and d(R W) = dJ / r_i
-        errors = context.plus(same_class_matrix(class_index, x.new_full((n,), -1.0)))
+        errors = context.plus(same_class_matrix(class_index, x.new_tensor(-1.0)))
         i, j = errors.rows, errors.cols
         pair_grads = (grad_output[i] + grad_output[j]) / (n * num_reciprocal[i])
         grad_product = errors.with_values((errors.values * pair_grads).masked_fill(i == j, 0))
