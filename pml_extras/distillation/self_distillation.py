@@ -97,9 +97,8 @@ class SelfDistillation(HyperparametersMixin, ModuleWithRecords):
             self.teacher.clear()
             return self.loss(embeddings, *args, **kwargs)  # type: ignore[no-any-return]
         # The teacher first: if the embeddings are not of its batch, the loss must not change state.
-        distillation: Tensor = self.distillation(
-            embeddings, ref_emb=self.teacher.embed(len(embeddings))
-        )
+        teacher_embeddings = self.teacher.embed(len(embeddings))
+        distillation: Tensor = self.distillation(embeddings, ref_emb=teacher_embeddings)
         loss: Tensor = self.loss(embeddings, *args, **kwargs)
         if self.collect_stats:
             self.base_loss, self.distillation_loss = loss.item(), distillation.item()

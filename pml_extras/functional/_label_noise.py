@@ -56,9 +56,7 @@ def label_vote(embeddings: Tensor, labels: Tensor, *, num_neighbors: int = 40) -
         return LabelVote(embeddings.new_empty(0), labels > 0, labels.clone())
     normalized = normalize(embeddings)
     similarity = contextual_similarity_matrix(
-        lambda rows: -normalized[rows] @ normalized.T,
-        normalized,
-        num_neighbors=num_neighbors,
+        lambda rows: -normalized[rows] @ normalized.T, normalized, num_neighbors=num_neighbors
     )
     self_similarity = similarity.diagonal()[:, None]
     classes, target, class_sizes = torch.unique(labels, return_inverse=True, return_counts=True)

@@ -104,7 +104,8 @@ def contextual_pairs(
     same_class = labels[:, None] == ref_labels
     kept = both_clean = valid
     if filter_noise:
-        vote = ref_vote = weighted_label_vote(context.masked_fill(~valid, 0), labels, ref_labels)
+        weights = context.masked_fill(~valid, 0)
+        vote = ref_vote = weighted_label_vote(weights, labels, ref_labels)
         if ref_context is not None:
             ref_vote = weighted_label_vote(ref_context, ref_labels, ref_labels)
         both_clean = vote.is_plurality[:, None] & ref_vote.is_plurality
@@ -118,11 +119,10 @@ def contextual_pairs(
         both_clean = both_clean | anchor_has_no_pair
     positives, negatives = kept & same_class, kept & ~same_class
 
-    inf = float("inf")
-    most_similar_negative = context.masked_fill(~negatives, -inf).amax(1, keepdim=True)
-    least_similar_positive = context.masked_fill(~positives, inf).amin(1, keepdim=True)
-    nearest_negative = distances.masked_fill(~negatives, inf).amin(1, keepdim=True)
-    farthest_positive = distances.masked_fill(~positives, -inf).amax(1, keepdim=True)
+    most_similar_negative = context.masked_fill(~negatives, -torch.inf).amax(1, keepdim=True)
+    least_similar_positive = context.masked_fill(~positives, torch.inf).amin(1, keepdim=True)
+    nearest_negative = distances.masked_fill(~negatives, torch.inf).amin(1, keepdim=True)
+    farthest_positive = distances.masked_fill(~positives, -torch.inf).amax(1, keepdim=True)
     has_context = context > 0
     hard_positives = (
         positives

@@ -44,11 +44,8 @@ def knn_search(query: Tensor, references: Tensor, k: int) -> tuple[Tensor, Tenso
 
     Uses faiss if it is installed and the tensors are float32 on the CPU, torch otherwise.
     """
-    if (
-        importlib.util.find_spec("faiss")
-        and query.device.type == "cpu"
-        and query.dtype == torch.float32
-    ):
+    has_faiss = importlib.util.find_spec("faiss") is not None
+    if has_faiss and query.device.type == "cpu" and query.dtype == torch.float32:
         import faiss  # only here, to keep the package's import light
 
         index = faiss.IndexFlatIP(references.shape[1])

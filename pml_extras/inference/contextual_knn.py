@@ -49,11 +49,7 @@ class ContextualKNN(HyperparametersMixin):
     """
 
     def __init__(
-        self,
-        *,
-        num_neighbors: int = 20,
-        num_candidates: int = 100,
-        distance_weight: float = 0.3,
+        self, *, num_neighbors: int = 20, num_candidates: int = 100, distance_weight: float = 0.3
     ) -> None:
         _checks.count("num_neighbors", num_neighbors)
         _checks.count("num_candidates", num_candidates)

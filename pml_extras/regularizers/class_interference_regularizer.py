@@ -219,8 +219,5 @@ def _hook_dicts(module: torch.nn.Module) -> tuple[dict[Any, Any], ...]:
     ``register_forward_pre_hook`` would use an integer as the key. record-keeper logs every dict of
     a loss and fails on such keys, so hooks are entered under a string.
     """
-    return (
-        module._forward_pre_hooks,
-        module._forward_pre_hooks_with_kwargs,
-        module._forward_hooks,
-    )
+    pre_hooks, with_kwargs = module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
+    return pre_hooks, with_kwargs, module._forward_hooks

@@ -62,14 +62,10 @@ def _sorted(rows: Tensor, cols: Tensor, values: Tensor, n: int) -> SparseMatrix:
 
 def _to_csr(matrix: SparseMatrix) -> Tensor:
     _suppress_beta_warning()
-    ends = torch.bincount(matrix.rows, minlength=matrix.n).cumsum(0)
-    return torch.sparse_csr_tensor(
-        torch.cat([ends.new_zeros(1), ends]),
-        matrix.cols,
-        matrix.values,
-        (matrix.n, matrix.n),
-        check_invariants=False,
-    )
+    n = matrix.n
+    row_starts = torch.bincount(matrix.rows + 1, minlength=n + 1).cumsum(0)
+    entries = row_starts, matrix.cols, matrix.values
+    return torch.sparse_csr_tensor(*entries, (n, n), check_invariants=False)
 
 
 def _from_csr(matrix: Tensor) -> SparseMatrix:

@@ -32,9 +32,7 @@ def kernel_backward(function: Callable[P, T]) -> Callable[P, T]:
     @disable_autocast
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                'this implementation cannot be differentiated twice: use implementation="reference"'
-            )
+            raise RuntimeError('cannot be differentiated twice: use implementation="reference"')
         return function(*args, **kwargs)
 
     return wrapper

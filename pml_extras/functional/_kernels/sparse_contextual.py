@@ -59,9 +59,8 @@ def prefers_sparse(
         labels: (N,).
     """
     n, device = len(samples), samples.device
-    min_samples = max(
-        num_neighbors * MIN_SPARSITY, MIN_SAMPLES_ON_GPU if device.type == "cuda" else 0
-    )
+    gpu_minimum = MIN_SAMPLES_ON_GPU if device.type == "cuda" else 0
+    min_samples = max(num_neighbors * MIN_SPARSITY, gpu_minimum)
     if n < min_samples or torch.compiler.is_compiling():  # compiled code cannot branch on values
         return False
     # torch's products of CSR matrices on a CPU need MKL.
@@ -108,9 +107,8 @@ class SparseContextualSimilarity:
     def diagonal(self) -> Tensor:
         """(n,): the row sums of (R / r) * W^T."""
         i, j = self._mean_weights.rows, self._mean_weights.cols
-        return self._mean_weights.with_values(
-            self._mean_weights.values * self._weights.at(j, i)
-        ).row_sums()
+        values = self._mean_weights.values * self._weights.at(j, i)
+        return self._mean_weights.with_values(values).row_sums()
 
 
 def _knn_matrix(
