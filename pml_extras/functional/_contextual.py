@@ -37,15 +37,18 @@ def contextual_similarity(
 
     A sample's neighborhood holds all samples that are no farther than its k-th nearest neighbor
     plus a slack: :math:`M_{ij} = [D_{ij} \le v_i(k) + \epsilon]`. :math:`M'` is the same with
-    :math:`\lfloor k/2 \rfloor` neighbors. The overlap of two neighborhoods counts shared neighbors
-    and shared non-neighbors. It is averaged over each sample's reciprocal neighbors (local query
-    expansion):
+    :math:`\max(\lfloor k/2 \rfloor, 1)` neighbors. The overlap of two neighborhoods counts shared
+    neighbors and shared non-neighbors. It is averaged over each sample's reciprocal neighbors
+    (local query expansion):
 
     .. math::
         W &= \tfrac12 \Big(\frac{M M^\top}{c_i} + \frac{(1-M)(1-M)^\top}{N - c_i}\Big) \circ M,
             \qquad c_i = \sum_j M_{ij} \\
         R &= M' \circ M'^\top, \qquad
             J = \frac{R W}{\sum_l R_{il}}, \qquad S = \tfrac12 (J + J^\top)
+
+    In the formulas R is a matrix. In shapes such as (Q, R) it is the number of references, which
+    then replaces N.
 
     The step :math:`[\cdot]` has a straight-through gradient: exact in forward, a constant slope of
     -10 per unit of distance in backward. The radii, a sample's distance to itself, and the
@@ -59,7 +62,8 @@ def contextual_similarity(
             to references, with ``ref_distances``. For the published form, squared distances of
             normalized embeddings: ``2 - 2 * pairwise_cosine(x)``.
         ref_distances: (R, R) between the references.
-        num_neighbors: k >= 1, including the sample itself; clamped to the number of references.
+        num_neighbors: k >= 1, including the sample itself (a query that is no reference has k
+            others); clamped to the number of references.
         slack: eps >= 0, in units of ``distances``.
 
     Returns:
@@ -71,7 +75,7 @@ def contextual_similarity(
 
     Example:
         >>> import torch
-        >>> from pml_extras.functional import pairwise_cosine
+        >>> from pml_extras.functional import contextual_similarity, pairwise_cosine
         >>> x = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
         >>> contextual_similarity(2 - 2 * pairwise_cosine(x), num_neighbors=2)
         tensor([[1., 1., 0., 0.],
@@ -148,7 +152,7 @@ def _weighted_mean(weights: Tensor, values: Tensor) -> Tensor:
 def contextual_similarity_matrix(
     distance_rows: DistanceRows, samples: Tensor, *, num_neighbors: int
 ) -> Tensor | SparseContextualSimilarity:
-    """The contextual similarity of N samples without slack and gradient, dense or sparse.
+    """The contextual similarity of N samples without slack, dense or sparse, under ``no_grad``.
 
     Both kinds offer ``S @ x``, ``S.diagonal()`` and ``S.to_dense()``.
 
@@ -205,9 +209,11 @@ def contextual_loss(
         ref_emb: (R, D), R >= 1, the references. Default: the batch itself. References that equal a
             sample bit by bit count as the sample itself in the contextual term.
         ref_labels: (R,) integers, required with ``ref_emb``.
-        pair_weights: (N, R) twice: how often each pair counts as a positive and as a negative of
-            the contrastive term. Default: all pairs of equal and of different labels, once.
-        num_neighbors: k >= 1, including the sample itself; clamped to R.
+        pair_weights: (N, R) twice, bool or float32: how often each pair counts as a positive and as
+            a negative of the contrastive term. Default: all pairs of equal and of different labels,
+            once.
+        num_neighbors: k >= 1, including the sample itself (a sample that is no reference has k
+            others); clamped to R.
         slack: eps >= 0, in units of squared distance between normalized embeddings.
         pos_margin, neg_margin: :math:`m^+` and :math:`m^-`, cosine similarities.
         target_similarity: t, a cosine similarity.
@@ -223,6 +229,7 @@ def contextual_loss(
 
     Example:
         >>> import torch
+        >>> from pml_extras.functional import contextual_loss
         >>> x = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
         >>> contextual_loss(x, torch.tensor([0, 0, 1, 1]), num_neighbors=2).contextual
         tensor([0., 0., 0., 0.])

@@ -14,7 +14,7 @@ def squared_distances(similarities: Tensor) -> Tensor:
 def self_nearest(distances: Tensor, self_index: Tensor) -> Tensor:
     """The distances with every sample as its own nearest neighbor, at a distance without gradient.
 
-    Rounding, and distances that are dot products, can put other samples first.
+    Rounding, or a distance such as the negative dot product, can put other samples first.
 
     Args:
         distances: (B, N).

@@ -41,8 +41,9 @@ def contextual_pairs(
       margin. A kept negative is hard if S is above that of the anchor's least similar positive
       minus the margin.
     - Where S is 0 the distance must agree as well: a positive must be farther than the anchor's
-      nearest negative, a negative nearer than its farthest positive. Both samples must be probably
-      clean, because distances to a mislabeled sample mislead too.
+      nearest negative, a negative nearer than its farthest positive. With ``filter_noise``,
+      both samples must be probably clean, because distances to a mislabeled sample mislead too;
+      an anchor that kept all its pairs is exempt.
 
     Args:
         embeddings: (N, D), the anchors.
@@ -65,6 +66,7 @@ def contextual_pairs(
 
     Example:
         >>> import torch
+        >>> from pml_extras.functional import contextual_pairs
         >>> x, labels = torch.tensor([[0.0], [1.0], [3.5], [5.0]]), torch.tensor([0, 0, 1, 1])
         >>> rules = {"num_neighbors": 2, "filter_noise": False, "margin": 1.1}
         >>> contextual_pairs(x, labels, distance=torch.cdist, **rules)[:2]

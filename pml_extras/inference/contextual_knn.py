@@ -38,7 +38,9 @@ class ContextualKNN(HyperparametersMixin):
     1701.08398), based on the contextual similarity of arXiv 2210.01908.
 
     Example:
+        >>> import torch
         >>> from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+        >>> from pml_extras.inference import ContextualKNN
         >>> calculator = AccuracyCalculator(
         ...     include=("mean_average_precision_at_r",),
         ...     k="max_bin_count",
@@ -70,7 +72,7 @@ class ContextualKNN(HyperparametersMixin):
 
         Args:
             query: (Q, D).
-            k: clamped to the number of references.
+            k: clamped to the number of references, less one with ``ref_includes_query``.
             reference: (R, D). Default: the references of :meth:`train`.
             ref_includes_query: whether the first Q references are the queries. Then a query is not
                 among its own neighbors.

@@ -31,20 +31,21 @@ class ContextualLoss(HyperparametersMixin, BaseMetricLossFunction):
     The equations are in :func:`pml_extras.functional.contextual_loss`.
 
     Sample each class of a batch ``num_neighbors`` times or more (``MPerClassSampler``). A sample
-    with fewer positives must have negatives among its neighbors, and the loss cannot reach zero. If
-    the log shows neighborhoods as large as the batch, lower the slack: the embeddings are too
-    concentrated for it.
+    of a smaller class must have negatives among its neighbors, and the loss cannot reach zero. If
+    ``avg_neighborhood_size`` in the log is near the batch size, lower ``neighborhood_slack``: the
+    embeddings are too close together for it.
 
     With ``ref_emb``, neighbors are references: in a :class:`CrossBatchMemory` they come from the
     whole memory. References that equal a sample bit by bit count as the sample itself in the
     contextual term.
 
     Large batches with small neighborhoods and classes are computed with sparse matrices, with the
-    same loss and gradient. They cannot be differentiated twice; for that, use the function with
-    ``implementation="reference"``.
+    same loss and gradient. They cannot be differentiated twice; for that, use
+    :func:`pml_extras.functional.contextual_loss` with ``implementation="reference"``.
 
     Args:
-        num_neighbors: k >= 1, including the sample itself. Clamped to the batch, with a warning.
+        num_neighbors: k >= 1, including the sample itself. Clamped to the batch or
+            the references, with a warning.
         neighborhood_slack: eps >= 0, in units of squared distance between unit vectors.
         contextual_weight: :math:`\lambda` >= 0.
         contrastive_weight: :math:`\beta` >= 0; the authors use :math:`1 - \lambda - \gamma`.
@@ -53,13 +54,14 @@ class ContextualLoss(HyperparametersMixin, BaseMetricLossFunction):
         target_similarity: in [-1, 1], a cosine similarity.
         **kwargs: PML's ``reducer``, ``embedding_regularizer``, ``collect_stats``.
 
-    Default distance: ``CosineSimilarity()``, the only one. Default reducer: ``MeanReducer``.
-    Reducer input, one element per sample and weighted: **contextual_loss**, **contrastive_loss**,
-    **similarity_loss** (the same for all samples). Tuples from a miner choose the pairs of the
-    contrastive term; the other two terms need the whole batch. Statistics for the log:
-    ``avg_neighborhood_size``, ``avg_pos_context`` and ``avg_neg_context`` (mean contextual
-    similarity of positive and negative pairs) and ``avg_similarity``. They cost a forward pass with
-    dense (N, N) matrices.
+    Default distance: ``CosineSimilarity()``; no other is supported. Default reducer:
+    ``MeanReducer``. Reducer input, one element per sample and weighted: **contextual_loss**,
+    **contrastive_loss**, **similarity_loss** (the same for all samples). Tuples from a miner choose
+    the pairs of the contrastive term; the other two terms need the whole batch.
+
+    Statistics for the log: ``avg_neighborhood_size``, ``avg_pos_context`` and ``avg_neg_context``
+    (mean contextual similarity of positive and negative pairs) and ``avg_similarity``. They cost a
+    forward pass with dense (N, N) matrices.
 
     Raises:
         ValueError: without labels, with ``ref_emb`` but no ``ref_labels``, for embeddings that are
@@ -152,7 +154,7 @@ class ContextualLoss(HyperparametersMixin, BaseMetricLossFunction):
         }
 
     def _check_batch(self, labels: Tensor) -> None:
-        """Warn once if there are fewer references, or fewer per class, than neighbors."""
+        """Warn once if there are fewer references, or in the largest class, than neighbors."""
         k = self.num_neighbors
         if len(labels) < k:
             if not self._warned_of_clamping:

@@ -44,7 +44,7 @@ class SparseMatrix(NamedTuple):
 
 
 def same_class_matrix(class_index: Tensor, value: Tensor) -> SparseMatrix:
-    """The matrix with a value, (), at all pairs of samples of the same class."""
+    """The matrix with a scalar ``value`` at all (i, j) of the same class, i = j included."""
     n, sizes = len(class_index), torch.bincount(class_index)
     num_same, first = sizes[class_index], (sizes.cumsum(0) - sizes)[class_index]
     rows = torch.arange(n, device=sizes.device).repeat_interleave(num_same)

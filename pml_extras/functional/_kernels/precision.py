@@ -39,10 +39,10 @@ def kernel_backward(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def full_precision(function: Callable[P, T]) -> Callable[P, T]:
-    """Run ``function`` without autocast, with all floating tensor arguments in their widest dtype.
+    """Run ``function`` without autocast, with its floating tensor arguments in their widest dtype.
 
     The dtype is at least float32: counts and thresholds are wrong in bfloat16, and exponentials
-    overflow in float16.
+    overflow in float16. Tensors inside tuples are left as they are.
     """
 
     @functools.wraps(function)

@@ -8,7 +8,7 @@ dense (N, N) matrix is made, except by ``to_dense``.
     W       H * M                                R   M' * M'^T, reciprocal neighbors
     r       row sums of R                        J   (R / r) W
     S       (J + J^T) / 2                        Y   1 for pairs of the same class
-    dX      gradient of the loss by X
+    dX      gradient of the loss with respect to X
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from .csr import SparseMatrix, same_class_matrix
 from .precision import kernel_backward
 
 CHUNK_NUMEL = 1 << 21  # distances computed at a time
-# Sparse products are faster if a batch is this many times larger than a neighborhood or a class.
+# Sparse products are faster if a batch is this many times larger than neighborhoods and classes.
 MIN_SPARSITY = 60
 # On a GPU, smaller batches are faster dense: sparse products make the host wait.
 MIN_SAMPLES_ON_GPU = 8192
