@@ -23,10 +23,9 @@ class SelfDistillation(HyperparametersMixin, ModuleWithRecords):
     term. In epoch 0 its weight is 0, and the teacher is not used.
 
     In a loop of your own, the explicit form is as short:
-    ``loss(x, labels) + weight * ListwiseDistillationLoss()(x, ref_emb=teacher_embeddings)``. This
-    class
-    is for code that only calls ``loss(embeddings, labels)``, such as PML's trainers: pass
-    ``end_of_epoch_hook(your_hook)`` as the trainer's hook. In your own loop, call
+    ``loss(x, labels) + weight * ListwiseDistillationLoss()(x, ref_emb=teacher_embeddings)``.
+    This class is for code that only calls ``loss(embeddings, labels)``, such as PML's trainers:
+    pass ``end_of_epoch_hook(your_hook)`` as the trainer's hook. In your own loop, call
     :meth:`end_epoch` at the end of each epoch.
 
     Args:
@@ -124,9 +123,8 @@ class SelfDistillation(HyperparametersMixin, ModuleWithRecords):
 
         def end_epoch_then_hook(trainer: Any) -> Any:
             self.end_epoch()
-            self.epoch = (
-                trainer.epoch
-            )  # PML counts from 1, so this is the number of completed epochs
+            # PML counts from 1, so this is the number of completed epochs.
+            self.epoch = trainer.epoch
             return hook(trainer) if hook is not None else None
 
         return end_epoch_then_hook

@@ -133,7 +133,6 @@ def negative_logsumexp(
         is_local: (N,) bool; samples marked False belong to a class that is not among these C. No
             class is left out for them, and their target cosine is 0.
         implementation: as in :func:`center_contrastive_loss`.
-
     """
     if implementation == "auto":
         few = len(embeddings) * len(centers) <= MAX_REFERENCE_LOGITS

@@ -53,7 +53,6 @@ def class_interference(
         ...                    strength=0.25, normalize=False)
         tensor([[0.2500, 1.5000]])
     """
-
     device = embeddings.device if generator is None else generator.device
     shape = (3, len(labels))
     uniform = torch.rand(shape, generator=generator, device=device, dtype=torch.float64)

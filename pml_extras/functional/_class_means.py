@@ -66,9 +66,9 @@ def _batch_class_means(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tens
     row_max = embeddings.abs().amax(1)
     sum_slot = torch.where(row_max.isfinite(), slot, n)
     class_max = row_max.new_zeros(n + 1).scatter_reduce_(0, sum_slot, row_max, "amax")
-    # A power of two such that n values of up to class_max stay below 2^53 steps.
+    # The step is a power of two such that n values of up to class_max stay below 2^53 steps.
+    # It is at least 2^-1000, because 2^1000 is still finite in float64.
     bits = 52 - n.bit_length()
-    # 2^1000 is still finite in float64.
     shift = (bits - torch.frexp(class_max).exponent).clamp_max(1000)
     steps_per_unit = torch.ldexp(class_max.new_ones(n + 1, dtype=torch.double), shift)
     integers = (embeddings * steps_per_unit[sum_slot, None]).round_()

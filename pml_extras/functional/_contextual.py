@@ -115,10 +115,8 @@ def _similarity_to_references(
     query_knn, query_half_knn = _step(distances, radius), _step(distances, half_radius)  # (Q, R)
     ref_knn, ref_half_knn = _step(ref_distances, ref_radius), _step(ref_distances, ref_half_radius)
     # Which references have the query in their neighborhood, (Q, R)
-    in_ref_knn, in_ref_half_knn = (
-        _step(distances, ref_radius.T),
-        _step(distances, ref_half_radius.T),
-    )
+    in_ref_knn = _step(distances, ref_radius.T)
+    in_ref_half_knn = _step(distances, ref_half_radius.T)
 
     ref_weights = _overlap(ref_knn, ref_knn) * ref_knn  # (R, R)
     query_to_ref = _weighted_mean(query_half_knn * in_ref_half_knn, ref_weights)  # (Q, R)

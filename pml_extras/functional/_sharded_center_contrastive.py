@@ -57,8 +57,7 @@ def sharded_center_contrastive_loss(
     Source: that of :func:`center_contrastive_loss`; sharding the classes is ours.
     """
     embeddings = copy_to_parallel(embeddings, group)
-    is_local = (first_class <= labels) & (labels < first_class + len(centers))
-    local_labels = torch.where(is_local, labels - first_class, 0)
+    is_local, local_labels = find_local_classes(labels, first_class, len(centers))
     if len(centers) == 0:
         # One masked class stands in for an empty shard, so that this rank joins all collectives.
         centers = pad(centers, (0, 0, 0, 1))
@@ -83,3 +82,10 @@ def sharded_center_contrastive_loss(
         center_weight,
         label_smoothing,
     )
+
+
+def find_local_classes(labels: Tensor, first_class: int, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Which labels are of a rank's classes, (N,) bool, and their index among these, else 0."""
+    local_labels = labels - first_class
+    is_local = (local_labels >= 0) & (local_labels < num_classes)
+    return is_local, torch.where(is_local, local_labels, 0)

@@ -19,6 +19,7 @@ from ..functional import (
     sharded_center_contrastive_loss,
 )
 from ..functional._distributed import all_reduce, batch_hash, gather_rows
+from ..functional._sharded_center_contrastive import find_local_classes
 from ._base_center_contrastive_loss import BaseCenterContrastiveLoss
 
 if TYPE_CHECKING:
@@ -205,8 +206,7 @@ class ShardedCenterContrastiveLoss(BaseCenterContrastiveLoss):
     def update_centers(self, embeddings: Tensor, labels: Tensor) -> None:
         """Update the EMA centers of this rank's classes with a whole batch, (N, D) and (N,)."""
         centers, counts = _local(self.centers), _local(self.class_counts)
-        local_labels = labels - self.first_class
-        is_local = (local_labels >= 0) & (local_labels < len(centers))
+        is_local, local_labels = find_local_classes(labels, self.first_class, len(centers))
         local_labels = local_labels[is_local]
         centers[local_labels], counts[local_labels] = moving_class_means(
             centers,
@@ -239,13 +239,11 @@ class ShardedCenterContrastiveLoss(BaseCenterContrastiveLoss):
     @torch.no_grad()
     def _set_stats(self, embeddings: Tensor, labels: Tensor) -> None:
         cosines = self._cosines(embeddings)
-        num_local = cosines.shape[1]
-        if num_local == 0:  # a class that is nobody's nearest
+        is_local, local_labels = find_local_classes(labels, self.first_class, cosines.shape[1])
+        if cosines.shape[1] == 0:  # a class that is nobody's nearest
             cosines = cosines.new_full((len(labels), 1), -torch.inf)
-        local_labels = labels - self.first_class
-        inside = (local_labels >= 0) & (local_labels < num_local)
-        target = cosines.gather(1, torch.where(inside, local_labels, 0)[:, None]).squeeze(1)
-        target = torch.where(inside, target, -torch.inf)
+        target = cosines.gather(1, local_labels[:, None]).squeeze(1)
+        target = torch.where(is_local, target, -torch.inf)
         largest, nearest = cosines.max(1)
         # The nearest center of all ranks; of equally near ones, the lowest class.
         is_nearest = largest == all_reduce(largest, "max", self.group)
