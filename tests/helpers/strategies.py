@@ -80,3 +80,24 @@ def any_labels(draw, n) -> Tensor:
     start = draw(st.sampled_from([0, limits.min, limits.max - 50]))
     largest_long = torch.iinfo(torch.int64).max - 50
     return (numbers + min(start, largest_long)).to(dtype)
+
+
+@st.composite
+def batches(draw, sizes, with_references, **kwargs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Embeddings and labels, (N, D) and (N,), and references and their labels, or None twice.
+
+    ``kwargs`` are those of :func:`embeddings`.
+    """
+    n, d = draw(sizes)
+    x, y = draw(embeddings(n, d, **kwargs)), draw(any_labels(n))
+    if not with_references:
+        return x, y, None, None
+    kwargs["dtype"] = x.dtype
+    ref = draw(embeddings(draw(st.integers(0, 20)), d, **kwargs))
+    if draw(st.booleans(), label="the references include the batch"):
+        ref = torch.cat([x, ref])
+    generator = torch.Generator().manual_seed(draw(seeds))
+    ref_y = y.new_zeros(len(ref))
+    if n:
+        ref_y = y[torch.randint(n, (len(ref),), generator=generator)]
+    return x, y, ref, ref_y

@@ -16,7 +16,14 @@ from helpers.formulas import (
     norms_fit_float32,
 )
 from helpers.state import assert_refused_without_change
-from helpers.strategies import any_labels, embeddings, seeds, shapes, small_shapes
+from helpers.strategies import (
+    any_labels,
+    batches,
+    embeddings,
+    seeds,
+    shapes,
+    small_shapes,
+)
 from pml_extras.functional import contextual_loss, contextual_similarity, pairwise_cosine
 from pml_extras.losses import ContextualLoss
 
@@ -25,23 +32,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 NEIGHBORS = st.sampled_from([1, 2, 3, 4, 5, 8, 50])
 SLACKS = st.sampled_from([0.0, 1e-3, 0.05, 0.5, 2.0, 4.0])
 WITH_REFERENCES = pytest.mark.parametrize("with_references", [False, True])
-
-
-def draw_inputs(data, sizes, with_references, **kwargs):
-    """Embeddings, labels, references and their labels."""
-    n, d = data.draw(sizes)
-    x, y = data.draw(embeddings(n, d, **kwargs)), data.draw(any_labels(n))
-    if not with_references:
-        return x, y, None, None
-    others = data.draw(st.integers(0, 20))
-    ref = data.draw(embeddings(others, d, dtype=x.dtype, **kwargs))
-    if data.draw(st.booleans(), label="the references include the batch"):
-        ref = torch.cat([x, ref])
-    generator = torch.Generator().manual_seed(data.draw(seeds))
-    ref_y = y.new_zeros(len(ref))
-    if n:
-        ref_y = y[torch.randint(n, (len(ref),), generator=generator)]
-    return x, y, ref, ref_y
 
 
 def draw_loss(data, **kwargs):
@@ -92,7 +82,7 @@ def contrastive_formula(loss_func, similarities, pairs):
 @WITH_REFERENCES
 @given(data=st.data(), with_tuple=st.booleans())
 def test_values_and_gradients_are_bounded(data, with_tuple, with_references):
-    x, y, ref, ref_y = draw_inputs(data, shapes, with_references)
+    x, y, ref, ref_y = data.draw(batches(shapes, with_references))
     x.requires_grad_()
     loss_func = draw_loss(data)
     indices = None
@@ -115,7 +105,7 @@ def test_values_and_gradients_are_bounded(data, with_tuple, with_references):
 @WITH_REFERENCES
 @given(data=st.data(), with_tuple=st.booleans())
 def test_values_match_the_formulas(data, with_tuple, with_references):
-    x, y, ref, ref_y = draw_inputs(data, small_shapes, with_references)
+    x, y, ref, ref_y = data.draw(batches(small_shapes, with_references))
     loss_func = draw_loss(
         data, contextual_weight=1.0, contrastive_weight=1.0, similarity_weight=1.0
     )
@@ -158,7 +148,7 @@ def test_values_match_the_formulas(data, with_tuple, with_references):
 @WITH_REFERENCES
 @given(data=st.data())
 def test_sample_order_does_not_matter(data, with_references):
-    x, y, ref, ref_y = draw_inputs(data, small_shapes, with_references, extreme=False)
+    x, y, ref, ref_y = data.draw(batches(small_shapes, with_references, extreme=False))
     loss_func = draw_loss(data)
     r = x if ref is None else ref
     assume(len(r) and norms_fit_float32(x, r))
@@ -182,7 +172,7 @@ def test_sample_order_does_not_matter(data, with_references):
 @WITH_REFERENCES
 @given(data=st.data(), exponent=st.integers(-6, 6))
 def test_embedding_norms_do_not_matter(data, exponent, with_references):
-    x, y, ref, ref_y = draw_inputs(data, shapes, with_references, extreme=False)
+    x, y, ref, ref_y = data.draw(batches(shapes, with_references, extreme=False))
     loss_func = draw_loss(data)
     factor = 2.0**exponent
     for rows in (x, ref):
@@ -234,7 +224,7 @@ def test_references_equal_to_the_batch_change_nothing(data):
 @WITH_REFERENCES
 @given(data=st.data(), collect_stats=st.booleans())
 def test_non_finite_rows_raise_no_error(data, collect_stats, with_references):
-    x, y, ref, ref_y = draw_inputs(data, shapes, with_references, non_finite=True)
+    x, y, ref, ref_y = data.draw(batches(shapes, with_references, non_finite=True))
     loss_func = draw_loss(data, collect_stats=collect_stats)
     loss = loss_func(x.requires_grad_(), y, None, ref, ref_y)
     loss.backward()

@@ -10,7 +10,7 @@ from pytorch_metric_learning import distances
 
 from helpers.formulas import contextual_similarity_formula, has_no_near_ties, norms_fit_float32
 from helpers.state import assert_refused_without_change, same_state
-from helpers.strategies import NON_FINITE, any_labels, embeddings, seeds, shapes, small_shapes
+from helpers.strategies import NON_FINITE, batches, seeds, shapes, small_shapes
 from pml_extras.functional._kernels.self_matches import self_match_mask
 from pml_extras.miners import ContextualSimilarityMiner
 
@@ -26,23 +26,6 @@ DISTANCES = {
 WITH_REFERENCES = pytest.mark.parametrize("with_references", [False, True])
 # Uneven numbers, so that no difference of similarities equals a margin by chance.
 MARGINS = st.sampled_from([0.0, 0.100301, 0.500701, 2.0])
-
-
-def draw_inputs(data, sizes, with_references, **kwargs):
-    n, d = data.draw(sizes)
-    x, y = data.draw(embeddings(n, d, **kwargs)), data.draw(any_labels(n))
-    if not with_references:
-        return x, y, None, None
-    others = data.draw(st.integers(0, 12))
-    kwargs["dtype"] = x.dtype
-    ref = data.draw(embeddings(others, d, **kwargs))
-    if data.draw(st.booleans(), label="the references include the batch"):
-        ref = torch.cat([x, ref])
-    generator = torch.Generator().manual_seed(data.draw(seeds))
-    ref_y = y.new_zeros(len(ref))
-    if n:
-        ref_y = y[torch.randint(n, (len(ref),), generator=generator)]
-    return x, y, ref, ref_y
 
 
 def draw_miner(data, **kwargs):
@@ -156,7 +139,7 @@ def assert_pairs_are_valid(mined, x, y, ref, ref_y):
 @WITH_REFERENCES
 @given(data=st.data(), non_finite=st.booleans())
 def test_pairs_have_matching_labels_and_no_duplicates(data, non_finite, with_references):
-    x, y, ref, ref_y = draw_inputs(data, shapes, with_references, non_finite=non_finite)
+    x, y, ref, ref_y = data.draw(batches(shapes, with_references, non_finite=non_finite))
     miner = draw_miner(data)
     mined = miner(x.requires_grad_(), y, ref, ref_y)
     assert_pairs_are_valid(mined, x.detach(), y, ref, ref_y)
@@ -165,12 +148,10 @@ def test_pairs_have_matching_labels_and_no_duplicates(data, non_finite, with_ref
     assert all(torch.equal(a, b) for a, b in zip(mined, again, strict=True))
 
 
-@WITH_REFERENCES
-@given(data=st.data())
-def test_pairs_follow_the_rules(data, with_references):
-    x, y, ref, ref_y = draw_inputs(
-        data, small_shapes, with_references, dtype=torch.float64, extreme=False
-    )
+def draw_case_without_near_ties(data, with_references):
+    """A miner, its inputs, and the pairs that it should find, as sets."""
+    case = batches(small_shapes, with_references, dtype=torch.float64, extreme=False)
+    x, y, ref, ref_y = data.draw(case)
     miner = draw_miner(data)
     r, r_y = (x, y) if ref is None else (ref, ref_y)
     assume(len(r))
@@ -183,6 +164,13 @@ def test_pairs_follow_the_rules(data, with_references):
     scaled_ref = None if ref_table is None else ref_table / size
     expected = mine_pair_by_pair(miner, table / size, y, scaled_ref, r_y, self_matches(x, ref))
     assume(expected is not None)
+    return miner, x, y, ref, ref_y, expected
+
+
+@WITH_REFERENCES
+@given(data=st.data())
+def test_pairs_follow_the_rules(data, with_references):
+    miner, x, y, ref, ref_y, expected = draw_case_without_near_ties(data, with_references)
     a1, p, a2, n = miner(x, y, ref, ref_y)
     assert as_set(a1, p) == expected[0]
     assert as_set(a2, n) == expected[1]
@@ -191,20 +179,7 @@ def test_pairs_follow_the_rules(data, with_references):
 @WITH_REFERENCES
 @given(data=st.data())
 def test_sample_order_does_not_matter(data, with_references):
-    x, y, ref, ref_y = draw_inputs(
-        data, small_shapes, with_references, dtype=torch.float64, extreme=False
-    )
-    miner = draw_miner(data)
-    r, r_y = (x, y) if ref is None else (ref, ref_y)
-    assume(len(r))
-    table = miner._distances(x, r)
-    ref_table = None if ref is None else miner._distances(ref, ref)
-    assume(table.isfinite().all() and (ref_table is None or ref_table.isfinite().all()))
-    size = float(table.abs().max()) or 1.0
-    assume(has_no_near_ties(table, miner.num_neighbors, 0.0, ref_table, tolerance=1e-9 * size))
-    scaled_ref = None if ref_table is None else ref_table / size
-    self_match_mask = self_matches(x, ref)
-    assume(mine_pair_by_pair(miner, table / size, y, scaled_ref, r_y, self_match_mask) is not None)
+    miner, x, y, ref, ref_y, _ = draw_case_without_near_ties(data, with_references)
     generator = torch.Generator().manual_seed(data.draw(seeds))
     order = torch.randperm(len(x), generator=generator)
     ref_order = order if ref is None else torch.randperm(len(ref), generator=generator)
@@ -218,7 +193,7 @@ def test_sample_order_does_not_matter(data, with_references):
 @WITH_REFERENCES
 @given(data=st.data(), exponent=st.integers(-6, 6))
 def test_embedding_norms_do_not_matter(data, exponent, with_references):
-    x, y, ref, ref_y = draw_inputs(data, shapes, with_references, extreme=False)
+    x, y, ref, ref_y = data.draw(batches(shapes, with_references, extreme=False))
     miner = draw_miner(data)
     factor = 2.0**exponent
     for rows in (x, ref):
