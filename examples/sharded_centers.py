@@ -100,7 +100,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory of the checkpoints")
     parser.add_argument("--resume", action="store_true", help="resume from the latest checkpoint")
     parser.add_argument("--people", type=int, default=10_000, help="classes (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=200, help="training steps (%(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=200, help="training steps (default: %(default)s)"
+    )
     parser.add_argument("--batch-size", type=int, default=512, help="of all processes together")
     args = parser.parse_args()
 

@@ -134,7 +134,6 @@ def check_installed(torch: str, sdist: Path, wheel: Path, extras: list[str], wor
 def check_import(python: Path, work: Path) -> None:
     run(python, "-m", "pip", "check", cwd=work)
     run(python, "-c", IMPORT_ALL, cwd=work)
-    run(python, "-m", "pml_extras", cwd=work)
 
 
 def main() -> None:
