@@ -21,7 +21,7 @@ from torch.utils.data import BatchSampler, RandomSampler
 from . import examples
 from .components import Sizes
 from .conditions import CONDITIONS, DATASETS, Condition, Scenario
-from .examples import Images, UserError
+from .examples import ROOT_VARIABLE, Images, UserError
 
 CIFAR_TEST_IMAGES = 100  # per class; examples/datasets.py puts them last
 
@@ -46,8 +46,8 @@ def add_data_root(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data-root",
         type=Path,
-        default=os.environ.get("PML_EXTRAS_DATA"),
-        help="directory of the datasets' files; default: the environment variable PML_EXTRAS_DATA",
+        default=os.environ.get(ROOT_VARIABLE),
+        help=f"directory of the datasets' files; default: the environment variable {ROOT_VARIABLE}",
     )
 
 
@@ -57,7 +57,7 @@ def check_data_root(root: Path | None, sources: Iterable[str]) -> None:
     if name is None or (root and root.is_dir()):
         return
     problem = f"there is no directory {root}" if root else f"{name} needs a directory of files"
-    raise UserError(f"{problem}; pass --data-root DIR or set PML_EXTRAS_DATA")
+    raise UserError(f"{problem}; pass --data-root DIR or set {ROOT_VARIABLE}")
 
 
 # ---- Splits.

@@ -6,10 +6,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import checkpoint
-from datasets import Images, UserError, hold_out, load, with_label_noise
+from datasets import ROOT_VARIABLE, Images, UserError, hold_out, load, with_label_noise
 from networks import build_embedder, build_trunk
 
 __all__ = [
+    "ROOT_VARIABLE",
     "Images",
     "UserError",
     "build_embedder",

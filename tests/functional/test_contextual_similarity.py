@@ -62,9 +62,8 @@ def test_equals_the_golden_values(contextual_case):
 @pytest.mark.parametrize("slack", [0.0, 0.05, 0.3])
 def test_equals_the_authors_formulas_with_gradient(k, slack):
     x = clustered().requires_grad_()
-    weights = torch.randn(
-        len(x), len(x), dtype=x.dtype
-    )  # not symmetric, so that errors do not cancel
+    # Not symmetric, so that errors do not cancel.
+    weights = torch.randn(len(x), len(x), dtype=x.dtype)
     actual = contextual_similarity(squared_distances(x), num_neighbors=k, slack=slack)
     expected = authors_similarity(x, k, slack)
     assert relative_error(actual, expected) < 1e-12

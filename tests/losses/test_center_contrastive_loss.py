@@ -297,7 +297,7 @@ class TestEMA:
 
 
 def test_ema_losses_of_two_batches_support_one_backward():
-    """Uses more logits than DENSE_MAX_LOGITS, so the chunked implementation runs."""
+    """Uses more logits than MAX_REFERENCE_LOGITS, so the chunked implementation runs."""
     loss_func = CenterContrastiveLoss(num_classes=2000, embedding_size=8, center_update="ema")
     labels = torch.randint(2000, (64,))
     x, y = (torch.randn(64, 8, requires_grad=True) for _ in range(2))

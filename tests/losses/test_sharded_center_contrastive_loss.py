@@ -422,9 +422,8 @@ def test_ranks_with_one_seed_draw_different_centers(tmp_path):
     assert len(torch.unique(first["other seeds"])) == 4 * D
     assert not torch.equal(first["centers"], first["other seeds"])
     assert (first["ones"] == 1).all()
-    assert torch.equal(
-        first["next draw"], second["next draw"]
-    )  # the global generators stay in sync
+    # The global generators stay in sync.
+    assert torch.equal(first["next draw"], second["next draw"])
 
 
 # ---- Memory.

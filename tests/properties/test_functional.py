@@ -67,7 +67,7 @@ def test_moving_class_means_match_the_formula(data, num_classes):
 
 
 @given(data=st.data())
-def test_exact_copies_are_rows_with_equal_bits(data):
+def test_self_matches_are_rows_with_equal_bits(data):
     n, d = data.draw(shapes)
     x = data.draw(embeddings(n, d, non_finite=True))
     ref = data.draw(embeddings(data.draw(st.integers(0, 20)), d, dtype=x.dtype, non_finite=True))

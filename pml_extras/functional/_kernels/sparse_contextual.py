@@ -212,9 +212,8 @@ class _SparseContextualTerm(torch.autograd.Function):
         grad_size_terms = knn_mask.with_values(half_grad_overlap / (n - size).clamp_min(1)[i])
         # dc_i collects both places of c, as c_i and as c_j
         grad_size = -(grad_size_terms.row_sums() + grad_size_terms.transpose().row_sums())
-        grad_shared = knn_mask.with_values(
-            half_grad_overlap / size[i] + grad_size_terms.values
-        )  # dG
+        # dG collects both fractions
+        grad_shared = knn_mask.with_values(half_grad_overlap / size[i] + grad_size_terms.values)
         # dM = dW * H + (dG + dG^T) M + dc_i; the last part follows below
         i, j = grad_weights.rows, grad_weights.cols
         overlap = neighborhood_overlap(shared.at(i, j), size[i], size[j], n)

@@ -16,8 +16,8 @@ def implementation(request, monkeypatch):
     monkeypatch.setattr(kernel, "CHUNK_NUMEL", 7 * N)
     saved = {"none saved": 0, "some saved": 3 * 7 * N, "all saved": N * C}
     monkeypatch.setattr(kernel, "MAX_SAVED_LOGITS", saved.get(request.param, 0))
-    dense_max = N * C if request.param == "reference" else 0
-    monkeypatch.setattr(_center_contrastive, "MAX_REFERENCE_LOGITS", dense_max)
+    reference_max = N * C if request.param == "reference" else 0
+    monkeypatch.setattr(_center_contrastive, "MAX_REFERENCE_LOGITS", reference_max)
     return "reference" if request.param == "reference" else "chunked"
 
 
