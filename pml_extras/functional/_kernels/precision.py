@@ -17,12 +17,17 @@ def disable_autocast(function: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
         for x in (*args, *kwargs.values()):
-            if isinstance(x, Tensor) and torch.amp.is_autocast_available(x.device.type):
+            if isinstance(x, Tensor) and _has_autocast(x.device.type):
                 with torch.autocast(x.device.type, enabled=False):
                     return function(*args, **kwargs)
         return function(*args, **kwargs)
 
     return wrapper
+
+
+def _has_autocast(device: str) -> bool:
+    # torch 2.5 cannot compile is_autocast_available.
+    return torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
 
 
 def kernel_backward(function: Callable[P, T]) -> Callable[P, T]:
