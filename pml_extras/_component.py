@@ -38,12 +38,12 @@ class OptimizerReminder:
     sign than low accuracy.
     """
 
-    patience = 100  # more steps than gradients are accumulated over
+    patience = 100  # longer than usual gradient accumulation
     num_steps = 0
 
     def is_due(self, parameter: torch.Tensor) -> bool:
         """Call this in each training step, before the forward pass. True at most once."""
-        # An optimizer that has the parameter usually sets .grad to None.
+        # zero_grad of an optimizer that has the parameter usually sets .grad to None.
         if parameter.grad is None or self.num_steps == self.patience:
             return False
         if self.num_steps == 0:

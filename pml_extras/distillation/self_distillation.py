@@ -117,8 +117,8 @@ class SelfDistillation(HyperparametersMixin, ModuleWithRecords):
     def end_of_epoch_hook(self, hook: Callable[[Any], Any] | None = None) -> Callable[[Any], Any]:
         """A hook for PML's trainers that ends the epoch and then calls ``hook``, if given.
 
-        It returns what ``hook`` returns, so False still stops the training. Put a hook that saves
-        checkpoints inside it, not before it: it then saves the start of the next epoch.
+        It returns what ``hook`` returns, so False still stops the training. Pass a hook that saves
+        checkpoints as ``hook``: it then saves the state at the start of the next epoch.
         """
 
         def end_epoch_then_hook(trainer: Any) -> Any:

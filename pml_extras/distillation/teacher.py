@@ -42,7 +42,7 @@ class Teacher:
         # Per pass of the trunk: its arguments, or the teacher's embeddings once computed.
         self._pending_batches: deque[tuple[Any, Any] | Tensor] = deque(maxlen=MAX_PENDING_BATCHES)
         self._consumed = False  # whether a loss has asked; then the next pass clears them
-        # Only after the copy, which would have the hook too.
+        # After the copy, so that the copy does not have the hook.
         self._hook = trunk.register_forward_pre_hook(self._before_trunk, with_kwargs=True)
 
     def _before_trunk(

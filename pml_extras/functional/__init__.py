@@ -6,11 +6,11 @@ from ._class_means import moving_class_means
 from ._contextual import ContextualLossTerms, contextual_loss, contextual_similarity
 from ._cosine import pairwise_cosine
 from ._label_noise import LabelVote, label_vote
-from ._label_vote import WeightedLabelVote, weighted_label_vote
 from ._listwise_kl import listwise_kl
 from ._pair_mining import contextual_pairs
 from ._reranking import ReferenceIndex, build_reference_index, contextual_rerank
 from ._sharded_center_contrastive import sharded_center_contrastive_loss
+from ._weighted_label_vote import WeightedLabelVote, weighted_label_vote
 
 __all__ = [
     "center_contrastive_loss",

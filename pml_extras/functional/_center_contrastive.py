@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, softplus
 
-from ._kernels.negative_logsumexp import chunked_negative_logsumexp
+from ._kernels.logsumexp_of_negatives import chunked_logsumexp_of_negatives
 from ._kernels.precision import full_precision, pairwise_dot
 
 # Up to this many logits, plain autograd is as fast as the chunked implementation.
@@ -46,10 +46,11 @@ def center_contrastive_loss(
         margin: m >= 0, in units of cosine similarity.
         center_weight: :math:`\lambda` >= 0.
         label_smoothing: in [0, 1): mixes the one-hot target with the uniform distribution.
-        class_mask: (C,) bool; classes marked False take no part in the softmax. Default: all do.
+        class_mask: (C,) bool; classes marked False are not among the negatives. Default: all are. A
+            sample's own class always takes part.
         implementation: "reference" is plain autograd on all logits. "chunked" computes a chunk of
-            classes at a time, recomputes most logits in backward, and cannot be differentiated
-            twice. "auto" takes "chunked" for more than 65,536 logits.
+            classes at a time, saves at most 2^24 numbers for backward, which recomputes the rest,
+            and cannot be differentiated twice. "auto" takes "chunked" for more than 65,536 logits.
 
     Returns:
         (N,) losses, float32 or wider.
@@ -64,14 +65,14 @@ def center_contrastive_loss(
         >>> center_contrastive_loss(x, torch.eye(2), torch.tensor([0, 1]))
         tensor([2.7608e-06, 2.7608e-06])
     """
-    negative_lse, target_cosine = negative_logsumexp(
+    lse_of_negatives, target_cosine = logsumexp_of_negatives(
         embeddings, centers, labels, scale, class_mask, implementation=implementation
     )
     class_sums = None
     if label_smoothing:
         class_sums = sum_class_cosines(embeddings, centers, labels, class_mask)
     return losses_from_cosines(
-        negative_lse, target_cosine, class_sums, scale, margin, center_weight, label_smoothing
+        lse_of_negatives, target_cosine, class_sums, scale, margin, center_weight, label_smoothing
     )
 
 
@@ -87,7 +88,7 @@ class ClassSums(NamedTuple):
 
 
 def losses_from_cosines(
-    negative_lse: Tensor,
+    lse_of_negatives: Tensor,
     target_cosine: Tensor,
     class_sums: ClassSums | None,
     scale: float,
@@ -95,14 +96,14 @@ def losses_from_cosines(
     center_weight: float,
     label_smoothing: float,
 ) -> Tensor:
-    """The losses, (N,), from the results of :func:`negative_logsumexp`, (N,) each."""
+    """The losses, (N,), from the results of :func:`logsumexp_of_negatives`, (N,) each."""
     target_logit = scale * (target_cosine - margin)
-    # -log softmax_y(z) = log(1 + e^(negative_lse - z_y)). cross_entropy would subtract two nearly
-    # equal numbers for easy samples. (The default threshold of softplus is too low for float64.)
-    losses = softplus(negative_lse - target_logit, threshold=80)
+    # -log softmax_y(z) = log(1 + e^(lse_of_negatives - z_y)). For easy samples, cross_entropy would
+    # subtract two nearly equal numbers. (The default threshold of softplus is too low for float64.)
+    losses = softplus(lse_of_negatives - target_logit, threshold=80)
     if class_sums is not None:
-        # The mean of -log softmax_j(z) over the classes j is that of y plus z_y - mean_j z_j. The
-        # mean always includes the sample's class, the only one with a margin.
+        # mean_j(-log softmax_j(z)) = -log softmax_y(z) + z_y - mean_j z_j. The mean always includes
+        # the sample's class, the only one with a margin.
         sum_cosine = class_sums.cosines + torch.where(class_sums.has_target, 0, target_cosine)
         num_classes = class_sums.num_classes + ~class_sums.has_target
         mean_logit = scale * (sum_cosine - margin) / num_classes
@@ -110,7 +111,7 @@ def losses_from_cosines(
     return losses + center_weight * (2 - 2 * target_cosine)
 
 
-def negative_logsumexp(
+def logsumexp_of_negatives(
     embeddings: Tensor,
     centers: Tensor,
     labels: Tensor,
@@ -129,7 +130,7 @@ def negative_logsumexp(
         centers: (C, D), any scale.
         labels: (N,) int64 in [0, C).
         scale: s > 0.
-        class_mask: (C,) bool; classes marked False take no part.
+        class_mask: (C,) bool; classes marked False are not among the negatives.
         is_local: (N,) bool; samples marked False belong to a class that is not among these C. No
             class is left out for them, and their target cosine is 0.
         implementation: as in :func:`center_contrastive_loss`.
@@ -140,7 +141,9 @@ def negative_logsumexp(
     if implementation not in ("chunked", "reference"):
         raise ValueError(f"unknown implementation {implementation!r}")
     if implementation == "chunked":
-        return chunked_negative_logsumexp(embeddings, centers, labels, scale, class_mask, is_local)
+        return chunked_logsumexp_of_negatives(
+            embeddings, centers, labels, scale, class_mask, is_local
+        )
     cosines = pairwise_dot(normalize(embeddings), normalize(centers))  # (N, C)
     target = labels[:, None]
     target_cosine = cosines.gather(1, target).squeeze(1)
@@ -162,5 +165,5 @@ def sum_class_cosines(
     if class_mask is None:
         class_mask = torch.ones(len(centers), dtype=torch.bool, device=centers.device)
     sum_of_centers = (normalize(centers) * class_mask[:, None]).sum(0)  # (D,)
-    cosines = normalize(embeddings) @ sum_of_centers
+    cosines = pairwise_dot(normalize(embeddings), sum_of_centers[None]).squeeze(1)
     return ClassSums(cosines, class_mask.sum(), class_mask[labels])

@@ -18,8 +18,8 @@ def moving_class_means(
 
     .. math:: m_c \leftarrow \beta\,m_c + (1-\beta)\,\mathrm{mean}_{i: y_i = c}\,x_i
 
-    A class without a mean takes the mean of the batch. With ``normalize``, the means of the batch
-    and the results are normalized. Rows that are not finite are ignored.
+    A class without a mean takes that of its samples in the batch. With ``normalize``, the class
+    means of the batch and the results are normalized. Rows that are not finite are ignored.
 
     Args:
         means: (C, D).
@@ -57,7 +57,7 @@ def _batch_class_means(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tens
     """The batch's mean (float64) and number of finite rows of class ``labels[i]``, in row i.
 
     Sums of floats depend on the order of the rows, and under DistributedLossWrapper each rank has
-    another order. So this is fixed-point accumulation: values become whole multiples of a step,
+    a different order. So this is fixed-point accumulation: values become whole multiples of a step,
     and sums of integers below 2^53 are exact in float64.
     """
     n = len(labels)

@@ -38,8 +38,8 @@ def contextual_similarity(
     A sample's neighborhood holds all samples that are no farther than its k-th nearest neighbor
     plus a slack: :math:`M_{ij} = [D_{ij} \le v_i(k) + \epsilon]`. :math:`M'` is the same with
     :math:`\max(\lfloor k/2 \rfloor, 1)` neighbors. The overlap of two neighborhoods counts shared
-    neighbors and shared non-neighbors. It is averaged over each sample's reciprocal neighbors
-    (local query expansion):
+    neighbors and shared non-neighbors; with a sample that is no neighbor, it counts as 0. It is
+    then averaged over each sample's reciprocal neighbors (local query expansion):
 
     .. math::
         W &= \tfrac12 \Big(\frac{M M^\top}{c_i} + \frac{(1-M)(1-M)^\top}{N - c_i}\Big) \circ M,
@@ -47,31 +47,29 @@ def contextual_similarity(
         R &= M' \circ M'^\top, \qquad
             J = \frac{R W}{\sum_l R_{il}}, \qquad S = \tfrac12 (J + J^\top)
 
-    In the formulas R is a matrix. In shapes such as (Q, R) it is the number of references, which
-    then replaces N.
-
     The step :math:`[\cdot]` has a straight-through gradient: exact in forward, a constant slope of
     -10 per unit of distance in backward. The radii, a sample's distance to itself, and the
     denominators :math:`c_i` and :math:`N - c_i` carry no gradient.
 
-    With queries and references, all neighbors are references. A query lies in the neighborhood of
-    a reference if it is within the reference's own radius.
+    With Q queries and N references, all neighbors are references. A query lies in the neighborhood
+    of a reference if it is within the reference's own radius.
 
     Args:
-        distances: (N, N) between the samples of a batch, smaller is nearer; or (Q, R) from queries
+        distances: (N, N) between the samples of a batch, smaller is nearer; or (Q, N) from queries
             to references, with ``ref_distances``. For the published form, squared distances of
             normalized embeddings: ``2 - 2 * pairwise_cosine(x)``.
-        ref_distances: (R, R) between the references.
-        num_neighbors: k >= 1, including the sample itself (a query that is no reference has k
-            others); clamped to the number of references.
+        ref_distances: (N, N) between the references.
+        num_neighbors: k >= 1, including the sample itself (a query that is not a reference
+            has k others); clamped to the number of references.
         slack: eps >= 0, in units of ``distances``.
 
     Returns:
-        (N, N) symmetric, or (Q, R), in [0, 1], float32 or wider.
+        (N, N) symmetric, or (Q, N), in [0, 1], float32 or wider.
 
-    Source: arXiv 2210.01908. Ours: every sample is its own nearest neighbor whatever the rounding;
-    a neighborhood of the whole batch has a non-neighbor overlap of 0, where the authors' code
-    divides 0 by 0; k = 1 and k > N are allowed; other distances and references.
+    Source: arXiv 2210.01908. Ours: every sample is its own nearest neighbor whatever the rounding
+    (except a query that is also a reference); a neighborhood of the whole batch has a non-neighbor
+    overlap of 0, where the authors' code divides 0 by 0; k = 1 and k > N are allowed; other
+    distances and references.
 
     Example:
         >>> import torch
@@ -106,22 +104,22 @@ def _similarity_within_batch(distances: Tensor, k: int, slack: float) -> Tensor:
 def _similarity_to_references(
     distances: Tensor, ref_distances: Tensor, k: int, slack: float
 ) -> Tensor:
-    """The same between Q queries and R references: both directions of J are computed."""
+    """The same between Q queries and N references: both directions of J are computed."""
     num_refs = len(ref_distances)
     ref_distances = self_nearest(ref_distances, torch.arange(num_refs, device=distances.device))
     radius, half_radius = knn_radii(distances, k, slack)  # of the queries
     ref_radius, ref_half_radius = knn_radii(ref_distances, k, slack)
 
-    query_knn, query_half_knn = _step(distances, radius), _step(distances, half_radius)  # (Q, R)
+    query_knn, query_half_knn = _step(distances, radius), _step(distances, half_radius)  # (Q, N)
     ref_knn, ref_half_knn = _step(ref_distances, ref_radius), _step(ref_distances, ref_half_radius)
-    # Which references have the query in their neighborhood, (Q, R)
+    # Which references have the query in their neighborhood, (Q, N)
     in_ref_knn = _step(distances, ref_radius.T)
     in_ref_half_knn = _step(distances, ref_half_radius.T)
 
-    ref_weights = _overlap(ref_knn, ref_knn) * ref_knn  # (R, R)
-    query_to_ref = _weighted_mean(query_half_knn * in_ref_half_knn, ref_weights)  # (Q, R)
-    query_weights = _overlap(ref_knn, query_knn) * in_ref_knn.T  # (R, Q)
-    ref_to_query = _weighted_mean(ref_half_knn * ref_half_knn.T, query_weights)  # (R, Q)
+    ref_weights = _overlap(ref_knn, ref_knn) * ref_knn  # (N, N)
+    query_to_ref = _weighted_mean(query_half_knn * in_ref_half_knn, ref_weights)  # (Q, N)
+    query_weights = _overlap(ref_knn, query_knn) * in_ref_knn.T  # (N, Q)
+    ref_to_query = _weighted_mean(ref_half_knn * ref_half_knn.T, query_weights)  # (N, Q)
     return (query_to_ref + ref_to_query.T) / 2
 
 
@@ -132,7 +130,7 @@ def _step(distances: Tensor, radius: Tensor) -> Tensor:
 
 
 def _overlap(mask: Tensor, other_mask: Tensor) -> Tensor:
-    """H, (A, B), of neighborhoods given as masks, (A, R) and (B, R)."""
+    """The overlap H, (A, B), of neighborhoods given as masks, (A, N) and (B, N)."""
     return neighborhood_overlap(
         num_shared=pairwise_dot(mask, other_mask),
         size=mask.sum(1, keepdim=True),
@@ -142,7 +140,7 @@ def _overlap(mask: Tensor, other_mask: Tensor) -> Tensor:
 
 
 def _weighted_mean(weights: Tensor, values: Tensor) -> Tensor:
-    """The mean of the rows of ``values`` (R, C) with weights (A, R): (A, C), 0 without weights."""
+    """The mean of the rows of ``values`` (N, C) with weights (A, N): (A, C), 0 without weights."""
     total = weights.sum(1, keepdim=True)
     return pairwise_dot(weights, values.T) / torch.where(total == 0, 1, total)
 
@@ -150,9 +148,9 @@ def _weighted_mean(weights: Tensor, values: Tensor) -> Tensor:
 def contextual_similarity_matrix(
     distance_rows: DistanceRows, samples: Tensor, *, num_neighbors: int
 ) -> Tensor | SparseContextualSimilarity:
-    """The contextual similarity of N samples without slack, dense or sparse, under ``no_grad``.
+    """The contextual similarity of N samples without slack, dense or sparse.
 
-    Both kinds offer ``S @ x``, ``S.diagonal()`` and ``S.to_dense()``.
+    Call it under ``no_grad``. Both kinds offer ``S @ x``, ``S.diagonal()`` and ``S.to_dense()``.
 
     Args:
         distance_rows: returns the distances, (B, N), of a slice of B samples to all.
@@ -205,20 +203,21 @@ def contextual_loss(
         embeddings: (N, D), any floating dtype and scale.
         labels: (N,) integers.
         ref_emb: (R, D), R >= 1, the references. Default: the batch itself. References that equal a
-            sample bit by bit count as the sample itself in the contextual term.
+            sample bit by bit are left out of its contextual error.
         ref_labels: (R,) integers, required with ``ref_emb``.
-        pair_weights: (N, R) twice, bool or float32: how often each pair counts as a positive and as
-            a negative of the contrastive term. Default: all pairs of equal and of different labels,
-            once.
-        num_neighbors: k >= 1, including the sample itself (a sample that is no reference has k
-            others); clamped to R.
+        pair_weights: two (N, R) tensors, bool or float32: how often each pair counts as a positive
+            and as a negative of the contrastive term. Default: all pairs of equal and of different
+            labels, once.
+        num_neighbors: k >= 1, including the sample itself (a sample that is not a reference
+            has k others); clamped to R.
         slack: eps >= 0, in units of squared distance between normalized embeddings.
         pos_margin, neg_margin: :math:`m^+` and :math:`m^-`, cosine similarities.
         target_similarity: t, a cosine similarity.
         implementation: "reference" is plain autograd. "sparse" has a hand-derived gradient
             and cannot be differentiated twice. It makes no (N, N) matrix, except for
             ``pair_weights``, is fast if neighborhoods and classes are small, and does not support
-            references. "auto" measures some of the neighborhoods and takes the faster one.
+            references. "auto" measures some of the neighborhoods and takes the one that is
+            probably faster.
 
     Returns:
         :class:`ContextualLossTerms`, float32 or wider.
@@ -252,7 +251,7 @@ def contextual_loss(
     # L_similarity: the mean of all dot products is the dot product of the means.
     similarity = (x.mean(0) @ refs.mean(0) - target_similarity).square()
 
-    # L_context
+    # L_context, and L_contrast if it needs no matrix
     if implementation == "sparse":
         contextual = sparse_contextual_term(x, labels, num_neighbors, slack)
         if pair_weights is None:
@@ -285,6 +284,6 @@ def contextual_loss(
 
 
 def _mean_over_active(excess: Tensor, weights: Tensor) -> Tensor:
-    """(N,), from (N, R): row sums, scaled so that their mean is the mean over pairs with excess."""
+    """(N,), from (N, R): row sums, scaled so that their mean is the mean over active pairs."""
     num_active = torch.where(excess > 0, weights, 0).sum().to(excess.dtype)
     return (excess * weights).sum(1) * (len(excess) / num_active.clamp_min(1))

@@ -1,9 +1,8 @@
 """Collectives with gradients, and gathering a batch from all ranks of torch.distributed.
 
-Backward assumes that every rank computes the same loss from the outputs of these functions. Then a
-tensor that is equal on all ranks has a gradient that is equal on all ranks, as long as all ranks
-compute the same with it. If each rank computes something else with it, each has a part of the
-gradient, and :func:`copy_to_parallel` sums the parts.
+Backward assumes that every rank computes the same loss from the outputs of these functions. If all
+ranks compute the same from an equal tensor, each rank has its whole gradient. If each computes
+something different, each has a part of it, and :func:`copy_to_parallel` sums the parts.
 """
 
 from typing import Any, Literal, TypeAlias
@@ -67,11 +66,11 @@ def gather_batch(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The embeddings, (N, D), and labels, (N,), of all ranks, without gradient.
 
     State that is computed from them is then equal on all ranks. Under PML's DistributedLossWrapper
-    every rank already has the whole batch, each in another order. Then it is returned as it is.
+    every rank already has the whole batch, each in a different order. It is returned unchanged.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return embeddings, labels
-    # 1. Gather the sizes, and hashes that detect the same batch in another order.
+    # 1. Gather the sizes, and hashes that detect the same batch in a different order.
     summary = torch.stack([labels.new_tensor(len(labels)), batch_hash(embeddings, labels)])
     summaries = gather_rows(summary[None], [1] * dist.get_world_size())
     if (summaries == summary).all():

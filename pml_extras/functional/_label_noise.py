@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 
 from ._contextual import contextual_similarity_matrix
 from ._kernels.precision import full_precision
-from ._label_vote import TIE_TOLERANCE
+from ._weighted_label_vote import TIE_TOLERANCE
 
 CLASSES_PER_CHUNK = 128  # whose votes are counted at a time
 
@@ -18,7 +18,7 @@ class LabelVote(NamedTuple):
 
     vote_lift: Tensor
     """(N,), the fraction of the vote for the sample's own class, divided by the fraction expected
-    by chance for a class of this size. Below 1, the neighbors speak against the label. 1 without
+    by chance for a class of this size. Below 1, the neighbors contradict the label. 1 without
     votes."""
     is_plurality: Tensor
     """(N,) bool, whether no other class gets more votes."""

@@ -40,7 +40,7 @@ def listwise_kl(
         return student.sum(1)
     log_q = _log_probabilities(student, temperature, include_self)
     log_p = _log_probabilities(teacher.detach(), temperature, include_self)
-    # This adds at most e^-40 to a P, which is nothing compared with their sum of 1.
+    # This adds at most e^-40 to each P, which is negligible: they sum to 1.
     log_p = torch.maximum(log_p, log_q.detach() - MAX_LOG_RATIO)
     log_ratio = log_q - log_p
     # KL = sum P (-log_ratio). Adding sum(Q - P) = 0 makes every term non-negative, so rounding

@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-# The straight-through estimator of [D <= radius] has this derivative everywhere.
+# The straight-through estimator of [D <= radius] has this derivative with respect to D everywhere.
+# It is the authors' choice.
 STEP_SLOPE = -10.0
 
 

@@ -10,7 +10,7 @@ from ._contextual import contextual_similarity, contextual_similarity_matrix
 from ._cosine import pairwise_cosine
 from ._kernels.precision import full_precision
 from ._kernels.self_matches import self_match_mask
-from ._label_vote import weighted_label_vote
+from ._weighted_label_vote import weighted_label_vote
 
 SURE_POSITIVE = 0.25  # a positive pair with more contextual similarity is kept whatever the vote
 
@@ -48,9 +48,9 @@ def contextual_pairs(
     Args:
         embeddings: (N, D), the anchors.
         labels: (N,).
-        ref_emb: (R, D), the samples that the anchors are paired with and all neighbors. Default:
-            the anchors themselves. A reference that equals an anchor bit by bit is that anchor: it
-            forms no pair with it and has no vote on it.
+        ref_emb: (R, D), the samples that the anchors are paired with, and among which all neighbors
+            are found. Default: the anchors themselves. A reference that equals an anchor bit by
+            bit is that anchor: it forms no pair with it and has no vote on it.
         ref_labels: (R,), required with ``ref_emb``.
         num_neighbors: k >= 1 of the contextual similarity, including the sample itself.
         margin: in units of S. Larger keeps easier pairs.
@@ -77,7 +77,8 @@ def contextual_pairs(
     if len(embeddings) == 0 or (ref_emb is not None and len(ref_emb) == 0):
         empty = labels.new_empty(4, 0, dtype=torch.long)
         return empty[0], empty[1], empty[2], empty[3]
-    # A sample that is not finite is nobody's neighbor. Not infinity, because inf - inf is NaN.
+    # A sample that is not finite is nobody's neighbor. Its distance is the largest finite number,
+    # because inf - inf is NaN.
     farthest = torch.finfo(embeddings.dtype).max
 
     def distances_between(x: Tensor, y: Tensor) -> Tensor:
@@ -111,13 +112,13 @@ def contextual_pairs(
         if ref_context is not None:
             ref_vote = weighted_label_vote(ref_context, ref_labels, ref_labels)
         both_clean = vote.is_plurality[:, None] & ref_vote.is_plurality
-        probably_clean = valid & torch.where(
+        passes_vote = valid & torch.where(
             same_class,
             both_clean | (context > SURE_POSITIVE),
             context <= torch.minimum(vote.vote_fraction[:, None], ref_vote.vote_fraction),
         )
-        anchor_has_no_pair = ~probably_clean.any(1, keepdim=True)
-        kept = probably_clean | (valid & anchor_has_no_pair)
+        anchor_has_no_pair = ~passes_vote.any(1, keepdim=True)
+        kept = passes_vote | (valid & anchor_has_no_pair)
         both_clean = both_clean | anchor_has_no_pair
     positives, negatives = kept & same_class, kept & ~same_class
 

@@ -93,7 +93,7 @@ def build_reference_index(
     size = normalized.new_full((), k)
     for rows in row_chunks(num_references, num_references + k * k, CHUNK_NUMEL):
         num_shared = _count_shared_neighbors(
-            neighbors[rows], neighbors[neighbors[rows]], num_references
+            neighbors[rows], neighbors[neighbors[rows]], num_references, size.dtype
         )
         neighbor_weights[rows] = neighborhood_overlap(num_shared, size, size, num_references)
     half_neighbors = neighbors[:, :half]
@@ -174,8 +174,8 @@ def contextual_rerank(
             is_reciprocal_half = index.is_reciprocal_half[self_index]
             in_ref_knn = (ref_neighbors == self_index[:, None, None]).any(2)
 
-        # J_qr: local query expansion, the mean of the weights W of the query's closest reciprocal
-        # neighbors for each candidate
+        # J_qr, for each candidate: the mean of W over the reciprocal neighbors among the query's
+        # first k // 2 (local query expansion)
         expansion = query_neighbors[:, :half]
         expansion_weights = is_reciprocal_half.to(cosine.dtype)
         expansion_weights /= expansion_weights.sum(1, keepdim=True).clamp_min(1)
@@ -184,7 +184,9 @@ def contextual_rerank(
             index.neighbors[expansion], expanded_weights, candidate, num_references
         )
         # J_rq: the same from each candidate to the query
-        num_shared = _count_shared_neighbors(query_neighbors, ref_neighbors, num_references)
+        num_shared = _count_shared_neighbors(
+            query_neighbors, ref_neighbors, num_references, cosine.dtype
+        )
         query_weights = neighborhood_overlap(num_shared, size, size, num_references) * in_ref_knn
         ref_reciprocal = index.is_reciprocal_half[candidate].to(cosine.dtype)  # (B, c, h)
         ref_weights = _scatter_gather(
@@ -214,10 +216,10 @@ def _self_first(self_index: Tensor, similarity: Tensor, indices: Tensor) -> tupl
 
 
 def _count_shared_neighbors(
-    neighbors: Tensor, other_neighbors: Tensor, num_references: int
+    neighbors: Tensor, other_neighbors: Tensor, num_references: int, dtype: torch.dtype
 ) -> Tensor:
     """(B, L): how many of row b's neighbors, (B, k), are among the k neighbors of l, (B, L, k)."""
-    ones = torch.ones(neighbors.shape, device=neighbors.device)
+    ones = torch.ones(neighbors.shape, dtype=dtype, device=neighbors.device)
     return _scatter_gather(neighbors, ones, other_neighbors, num_references).sum(2)
 
 

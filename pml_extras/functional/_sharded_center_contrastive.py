@@ -6,8 +6,8 @@ from torch.nn.functional import pad
 
 from ._center_contrastive import (
     ClassSums,
+    logsumexp_of_negatives,
     losses_from_cosines,
-    negative_logsumexp,
     sum_class_cosines,
 )
 from ._distributed import (
@@ -49,7 +49,7 @@ def sharded_center_contrastive_loss(
         centers: (C_r, D), the centers of this rank's classes; C_r may be 0.
         labels: (N,) int64 in [0, C), with C the sum of all C_r; equal on all ranks.
         first_class: this rank has the classes first_class to first_class + C_r - 1.
-        class_mask: (C_r,) bool, of this rank's classes. Default: all take part.
+        class_mask: (C_r,) bool, of this rank's classes, as in :func:`center_contrastive_loss`.
         group: the process group. Default: all processes.
 
     The other hyperparameters and the result, (N,), are those of :func:`center_contrastive_loss`.
@@ -62,7 +62,7 @@ def sharded_center_contrastive_loss(
         # One masked class stands in for an empty shard, so that this rank joins all collectives.
         centers = pad(centers, (0, 0, 0, 1))
         class_mask = torch.zeros(1, dtype=torch.bool, device=labels.device)
-    negative_lse, target_cosine = negative_logsumexp(
+    lse_of_negatives, target_cosine = logsumexp_of_negatives(
         embeddings, centers, local_labels, scale, class_mask, is_local
     )
     class_sums = None
@@ -74,7 +74,7 @@ def sharded_center_contrastive_loss(
             all_reduce((local.has_target & is_local).long(), "sum", group) > 0,
         )
     return losses_from_cosines(
-        all_reduce_logsumexp(negative_lse, group),
+        all_reduce_logsumexp(lse_of_negatives, group),
         all_reduce_sum(target_cosine, group),
         class_sums,
         scale,

@@ -21,7 +21,7 @@ class LabelNoiseDetector(HyperparametersMixin, torch.nn.Module):
     Call :meth:`update` with the embeddings of the whole training set, for example after each epoch.
     Each update lets the samples vote on each other's labels, weighted by contextual similarity (see
     :func:`pml_extras.functional.label_vote`). The scores are averaged over the updates, because a
-    network changes its predictions for wrong labels more often than about right ones.
+    network changes its predictions for wrongly labeled samples more often than for others.
 
     Args:
         labels: (N,) integer labels of the training set, in the order of the dataset.

@@ -30,17 +30,17 @@ class ContextualLoss(HyperparametersMixin, BaseMetricLossFunction):
 
     The equations are in :func:`pml_extras.functional.contextual_loss`.
 
-    Sample each class of a batch ``num_neighbors`` times or more (``MPerClassSampler``). A sample
-    of a smaller class must have negatives among its neighbors, and the loss cannot reach zero. If
+    Sample each class of a batch ``num_neighbors`` times or more (``MPerClassSampler``). In a
+    smaller class, every sample has negatives among its neighbors, and the loss cannot reach 0. If
     ``avg_neighborhood_size`` in the log is near the batch size, lower ``neighborhood_slack``: the
     embeddings are too close together for it.
 
     With ``ref_emb``, neighbors are references: in a :class:`CrossBatchMemory` they come from the
-    whole memory. References that equal a sample bit by bit count as the sample itself in the
-    contextual term.
+    whole memory. References that equal a sample bit by bit are left out of its contextual error.
 
-    Large batches with small neighborhoods and classes are computed with sparse matrices, with the
-    same loss and gradient. They cannot be differentiated twice; for that, use
+    The loss of a large batch with small neighborhoods and classes is computed with sparse matrices,
+    with the same value and gradient; not with ``ref_emb``, and a miner's tuples still take (N, N)
+    matrices. The sparse form cannot be differentiated twice; for that, use
     :func:`pml_extras.functional.contextual_loss` with ``implementation="reference"``.
 
     Args:
@@ -154,7 +154,7 @@ class ContextualLoss(HyperparametersMixin, BaseMetricLossFunction):
         }
 
     def _check_batch(self, labels: Tensor) -> None:
-        """Warn once if there are fewer references, or in the largest class, than neighbors."""
+        """Warn once if ``num_neighbors`` exceeds the references or the largest class."""
         k = self.num_neighbors
         if len(labels) < k:
             if not self._warned_of_clamping:
@@ -168,7 +168,7 @@ class ContextualLoss(HyperparametersMixin, BaseMetricLossFunction):
             if largest_class < k:
                 warnings.warn(
                     f"num_neighbors={k} is more than the {largest_class} samples of the largest"
-                    " class: negatives must be among the neighbors",
+                    " class: negatives are always among the neighbors",
                     stacklevel=6,
                 )
 
@@ -200,7 +200,7 @@ def _pair_weights(
     ref_labels: Tensor,
     indices_tuple: tuple[Tensor, ...] | None,
 ) -> tuple[Tensor, Tensor] | None:
-    """(N, R) twice: how often a miner's tuple has each pair as a positive and as a negative."""
+    """Two (N, R) tensors: how often a tuple has each pair as a positive and as a negative."""
     if indices_tuple is None:
         return None
     a1, p, a2, n = lmu.convert_to_pairs(indices_tuple, labels, ref_labels)

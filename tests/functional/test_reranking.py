@@ -135,3 +135,11 @@ def test_accepts_half_precision_and_rescaled_inputs():
         normalize(query).half(), build_reference_index(references.half(), num_neighbors=5), 40
     )
     assert half[0].dtype == torch.float32
+
+
+def test_float64_is_computed_in_float64():
+    references = mixture(40).double()
+    index = build_reference_index(references, num_neighbors=5)
+    distances, indices = contextual_rerank(references, index, 40, query_indices=torch.arange(40))
+    expected = brute_force(references, references, 5, 0.3, queries_are_references=True)
+    assert torch.allclose(distances, expected.gather(1, indices), atol=1e-14)

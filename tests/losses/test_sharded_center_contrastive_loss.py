@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 from helpers.golden import relative_error
 from helpers.processes import run_processes
 from pml_extras.functional import _center_contrastive
-from pml_extras.functional._kernels import negative_logsumexp
+from pml_extras.functional._kernels import logsumexp_of_negatives
 from pml_extras.losses import CenterContrastiveLoss, ShardedCenterContrastiveLoss
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch has no distributed package")
@@ -163,7 +163,7 @@ def trained(tmp_path_factory):
             with pytest.MonkeyPatch.context() as patch:
                 # 41 classes are processed in chunks, 5 at once.
                 patch.setattr(_center_contrastive, "MAX_REFERENCE_LOGITS", N * C)
-                patch.setattr(negative_logsumexp, "CHUNK_NUMEL", N * 3)
+                patch.setattr(logsumexp_of_negatives, "CHUNK_NUMEL", N * 3)
                 results[world] = run_processes(train_all, folder, world_size=world)
         return results[world]
 

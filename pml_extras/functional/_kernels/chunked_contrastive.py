@@ -49,7 +49,8 @@ class _ChunkedContrastiveTerm(torch.autograd.Function):
         grad_x = torch.empty_like(x)
         for rows in row_chunks(n, n, CHUNK_NUMEL):
             i, j, pos_excess, neg_excess = _excess(x, labels, rows, *ctx.margins)
-            # ds_ij + ds_ji = (g_i + g_j) factor for active pairs: both ends of a pair at once
+            # ds_ij + ds_ji = (g_i + g_j) factor for active negatives, minus that for active
+            # positives: both ends of a pair at once
             grad_pairs = (grad_output[rows, None] + grad_output).mul_(factors[1])  # (B, N)
             grad_pairs.masked_fill_(neg_excess <= 0, 0)
             both_ends = grad_output[rows][i] + grad_output[j]

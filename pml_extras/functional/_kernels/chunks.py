@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def row_chunks(num_rows: int, row_size: int, max_numel: int) -> list[slice]:
-    """Slices of all rows, each of at most ``max_numel`` numbers, but of one row at least."""
+    """Slices of all rows, each of at most ``max_numel`` numbers but at least one row."""
     size = max(1, max_numel // max(1, row_size))
     return [slice(start, min(num_rows, start + size)) for start in range(0, num_rows, size)]
 

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def disable_autocast(function: Callable[P, T]) -> Callable[P, T]:
-    """Run ``function`` without the autocast of the device of its tensor arguments."""
+    """Run ``function`` with autocast disabled on the device of its tensors."""
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -37,7 +37,10 @@ def kernel_backward(function: Callable[P, T]) -> Callable[P, T]:
     @disable_autocast
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
         if torch.is_grad_enabled():
-            raise RuntimeError('cannot be differentiated twice: use implementation="reference"')
+            raise RuntimeError(
+                "this gradient cannot be differentiated twice: call the function in"
+                ' pml_extras.functional and use implementation="reference"'
+            )
         return function(*args, **kwargs)
 
     return wrapper

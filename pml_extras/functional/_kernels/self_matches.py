@@ -32,8 +32,9 @@ def row_hashes(x: Tensor) -> Tensor:
     """(N,) int64: a hash of the bits of each row of (N, D) floats."""
     bits = x.detach().contiguous()
     bits = bits.view(torch.int64 if x.dtype == torch.float64 else torch.int32)
-    # Each value is mixed with its column, as in splitmix64, and the row is summed. Without mixing,
-    # two changes of sign, which is the highest bit, would cancel.
+    # Each value is mixed with its column, and the row is summed. Without mixing, rows with the same
+    # values in a different order would match. The constants are those of splitmix64, as signed
+    # integers.
     column = torch.arange(x.shape[1], device=x.device)
     mixed = bits.long() + (column + 1) * -0x61C8864680B583EB
     for odd in (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15):

@@ -9,6 +9,9 @@ dense (N, N) matrix is made, except by ``to_dense``.
     r       row sums of R                        J   (R / r) W
     S       (J + J^T) / 2                        Y   1 for pairs of the same class
     dX      gradient of the loss with respect to X
+
+``*`` is the element-wise product, and R / r divides row i by r_i. docs/contextual-gradient.md
+derives the gradient.
 """
 
 from collections.abc import Callable
@@ -66,7 +69,7 @@ def prefers_sparse(
     # torch's products of CSR matrices on a CPU need MKL.
     if device.type != "cuda" and not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
         return False
-    rows = slice(0, n, n // 16)
+    rows = slice(0, n, n // 16)  # about 16 rows; n is at least MIN_SPARSITY here
     distances = self_nearest(distance_rows(rows), torch.arange(n, device=device)[rows])
     radius, _ = knn_radii(distances, num_neighbors, slack)
     sizes = [(distances <= radius).sum(1).double().mean()]
@@ -123,7 +126,8 @@ def _knn_matrix(
         radius, half_radius = knn_radii(distances, num_neighbors, slack)
         i, j = (distances <= radius).nonzero(as_tuple=True)
         in_half = distances[i, j] <= half_radius[i, 0]
-        found.append(((i + rows.start) * n + j) * 2 + in_half)  # packed into one integer
+        # Packed into one integer, so that one buffer holds row, column and in_half.
+        found.append(((i + rows.start) * n + j) * 2 + in_half)
     keys, in_half = found.result() // 2, found.result() % 2 == 1
     ones = torch.ones(len(keys), dtype=distances.dtype, device=device)
     return SparseMatrix(keys // n, keys % n, ones, n), in_half
@@ -195,14 +199,14 @@ class _SparseContextualTerm(torch.autograd.Function):
 
         # dW = R^T d(R W), and R is symmetric
         grad_weights = reciprocal @ grad_product
-        # dR = A - rowsum(R * A) / r with A = d(R W) W^T; the second part comes from 1 / r
-        grad_reciprocal = grad_product @ weights.transpose()
+        # dR = B - rowsum(R * B) / r with B = d(R W) W^T; the second part comes from 1 / r
+        grad_factor = grad_product @ weights.transpose()  # B
         i, j = reciprocal.rows, reciprocal.cols
-        row_means = reciprocal.with_values(grad_reciprocal.at(i, j)).row_sums() / num_reciprocal
-        # dM' = M'^T * (dR + dR^T). The bracket is symmetric, so its transpose has M' entries.
+        row_means = reciprocal.with_values(grad_factor.at(i, j)).row_sums() / num_reciprocal
+        # dM'^T = M' * (dR + dR^T), which has the entries of M'
         i, j = half_knn_mask.rows, half_knn_mask.cols
-        grad_half_knn = half_knn_mask.with_values(
-            grad_reciprocal.at(i, j) - row_means[i] + grad_reciprocal.at(j, i) - row_means[j]
+        grad_half_knn_t = half_knn_mask.with_values(
+            grad_factor.at(i, j) - row_means[i] + grad_factor.at(j, i) - row_means[j]
         )
 
         # dH = dW * M. H = (G / c_i + (N - c_i - c_j + G) / (N - c_i)) / 2; denominators have no
@@ -220,15 +224,15 @@ class _SparseContextualTerm(torch.autograd.Function):
         grad_knn = grad_weights.with_values(grad_weights.values * overlap)
         grad_knn = grad_knn.plus(grad_shared.plus(grad_shared.transpose()) @ knn_mask)
 
-        # D = 2 - 2 s and dD = slope (dM + dM'), so ds = -2 slope E with E = dM + dM' off the
-        # diagonal. The factor follows in the last line. The clamp of D needs no gradient: it only
-        # acts on parallel vectors, where normalize has none.
-        grad_steps = grad_knn.plus(grad_half_knn.transpose())
+        # D = 2 - 2 s and dD = slope (dM + dM'), so ds = -2 slope (dM + dM') off the diagonal. The
+        # factor follows in the last line. The clamp of D needs no gradient: it only acts on
+        # parallel vectors, where normalize has none. dx = (ds + ds^T) x, so dM'^T may replace dM'.
+        grad_steps = grad_knn.plus(grad_half_knn_t)
         i, j = grad_steps.rows, grad_steps.cols
         grad_steps = grad_steps.with_values(grad_steps.values.masked_fill(i == j, 0))
         grad_x = grad_steps.plus(grad_steps.transpose()).matmul_dense(x)
-        # dc_i is the same in all of row i off the diagonal: its product with x, and that of the
-        # transpose, need no matrix
+        # dc_i is a part of all entries of row i off the diagonal. The products of this part and of
+        # its transpose with x need no matrix.
         grad_x += grad_size[:, None] * (x.sum(0) - x)
         grad_x += grad_size @ x - grad_size[:, None] * x
         return -2 * STEP_SLOPE * grad_x, None, None, None

@@ -10,11 +10,11 @@ from .chunks import row_chunks
 from .precision import kernel_backward
 
 CHUNK_NUMEL = 1 << 21  # logits computed at a time: enough for a fast product, few enough for caches
-MAX_SAVED_LOGITS = 1 << 24  # exponentials saved for backward; the rest are recomputed
+MAX_SAVED_NUMEL = 1 << 24  # numbers saved for backward; the rest are recomputed
 MIN_NORM = 1e-12  # as in torch.nn.functional.normalize
 
 
-def chunked_negative_logsumexp(
+def chunked_logsumexp_of_negatives(
     embeddings: Tensor,
     centers: Tensor,
     labels: Tensor,
@@ -22,18 +22,19 @@ def chunked_negative_logsumexp(
     class_mask: Tensor | None,
     is_local: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`pml_extras.functional._center_contrastive.negative_logsumexp`.
+    """As :func:`pml_extras.functional._center_contrastive.logsumexp_of_negatives`.
 
-    Neither the (N, C) logits nor the (C, D) normalized centers are kept beyond the first
-    ``MAX_SAVED_LOGITS`` numbers. Backward recomputes the rest, and only if the centers need a
-    gradient. The gradient of the embeddings needs each softmax once; forward computes it.
+    Of the (N, C) logits and the (C, D) normalized centers, forward saves at most
+    ``MAX_SAVED_NUMEL`` numbers together. Backward recomputes the rest, and only if the centers need
+    a gradient. The gradient of the embeddings needs only the mean of the centers weighted by the
+    softmax, which forward computes.
     """
-    return _ChunkedNegativeLogSumExp.apply(  # type: ignore[no-any-return, no-untyped-call]
+    return _ChunkedLogSumExpOfNegatives.apply(  # type: ignore[no-any-return, no-untyped-call]
         embeddings, centers, labels, scale, class_mask, is_local
     )
 
 
-class _ChunkedNegativeLogSumExp(torch.autograd.Function):
+class _ChunkedLogSumExpOfNegatives(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, embeddings: Tensor, centers: Tensor, labels: Tensor, scale: float,
@@ -47,7 +48,7 @@ class _ChunkedNegativeLogSumExp(torch.autograd.Function):
         exp_sums = target_logit = torch.zeros_like(maximum)
         mean_center = torch.zeros_like(x) if needs_x else None
         saved: list[Tensor] = []
-        num_savable = MAX_SAVED_LOGITS if needs_centers else 0
+        num_savable = MAX_SAVED_NUMEL if needs_centers else 0
         for classes in row_chunks(len(centers), len(x), CHUNK_NUMEL):
             chunk, chunk_norms = _normalize(centers[classes])
             logits = (scale * x) @ chunk.T  # (N, B)
@@ -59,27 +60,27 @@ class _ChunkedNegativeLogSumExp(torch.autograd.Function):
             exp_sums = exponentials.sum(1, keepdim=True).addcmul_(exp_sums, rescale)
             if mean_center is not None:
                 mean_center.mul_(rescale).addmm_(exponentials, chunk)
-            num_savable -= exponentials.numel()
+            num_savable -= exponentials.numel() + chunk.numel()
             if num_savable >= 0:
                 saved += [exponentials, maximum, chunk, chunk_norms]
         target_center = None
         if mean_center is not None:
             mean_center /= exp_sums
             target_center = normalize(centers.index_select(0, labels), eps=MIN_NORM)
-        negative_lse = maximum + exp_sums.log()
+        lse_of_negatives = maximum + exp_sums.log()
         # Centers without a gradient are not saved, so that EMA centers may change before backward.
         ctx.save_for_backward(
             centers if needs_centers else None, labels, class_mask, is_local,
-            x, x_norms, negative_lse, mean_center, target_center, *saved,
+            x, x_norms, lse_of_negatives, mean_center, target_center, *saved,
         )  # fmt: skip
         ctx.scale = scale
-        return negative_lse.squeeze(1), target_logit.squeeze(1) / scale
+        return lse_of_negatives.squeeze(1), target_logit.squeeze(1) / scale
 
     @staticmethod
     @kernel_backward
     def backward(ctx: Any, grad_lse: Tensor, grad_target: Tensor) -> tuple[Tensor | None, ...]:
         centers, labels, class_mask, is_local, *saved = ctx.saved_tensors
-        x, x_norms, negative_lse, mean_center, target_center, *saved = saved
+        x, x_norms, lse_of_negatives, mean_center, target_center, *saved = saved
         # (N, 1); the scale turns gradients of logits into gradients of cosines
         grad_lse, grad_target = ctx.scale * grad_lse[:, None], grad_target[:, None]
         if is_local is not None:
@@ -95,12 +96,12 @@ class _ChunkedNegativeLogSumExp(torch.autograd.Function):
             for classes in row_chunks(len(centers), len(x), CHUNK_NUMEL):
                 if saved:
                     exponentials, maximum, chunk, chunk_norms, *saved = saved
-                    weights = grad_lse * (maximum - negative_lse).exp_()
+                    weights = grad_lse * (maximum - lse_of_negatives).exp_()
                 else:
                     chunk, chunk_norms = _normalize(centers[classes])
                     logits = (ctx.scale * x) @ chunk.T
                     _mask_target_(logits, labels, class_mask, is_local, classes)
-                    exponentials, weights = logits.sub_(negative_lse).exp_(), grad_lse
+                    exponentials, weights = logits.sub_(lse_of_negatives).exp_(), grad_lse
                 grad_chunk = grad_centers[classes].addmm_(exponentials.T, weights * x)
                 _normalize_backward_(grad_chunk, chunk, chunk_norms)
         return grad_embeddings, grad_centers, None, None, None, None

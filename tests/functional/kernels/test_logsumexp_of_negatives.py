@@ -5,8 +5,8 @@ import torch
 from torch.nn.functional import normalize
 
 from pml_extras.functional import _center_contrastive, center_contrastive_loss
-from pml_extras.functional._center_contrastive import negative_logsumexp
-from pml_extras.functional._kernels import negative_logsumexp as kernel
+from pml_extras.functional._center_contrastive import logsumexp_of_negatives
+from pml_extras.functional._kernels import logsumexp_of_negatives as kernel
 
 N, C, D = 12, 50, 5
 
@@ -14,8 +14,8 @@ N, C, D = 12, 50, 5
 @pytest.fixture(autouse=True, params=["none saved", "some saved", "all saved", "reference"])
 def implementation(request, monkeypatch):
     monkeypatch.setattr(kernel, "CHUNK_NUMEL", 7 * N)
-    saved = {"none saved": 0, "some saved": 3 * 7 * N, "all saved": N * C}
-    monkeypatch.setattr(kernel, "MAX_SAVED_LOGITS", saved.get(request.param, 0))
+    saved = {"none saved": 0, "some saved": 3 * 7 * (N + D), "all saved": C * (N + D)}
+    monkeypatch.setattr(kernel, "MAX_SAVED_NUMEL", saved.get(request.param, 0))
     reference_max = N * C if request.param == "reference" else 0
     monkeypatch.setattr(_center_contrastive, "MAX_REFERENCE_LOGITS", reference_max)
     return "reference" if request.param == "reference" else "chunked"
@@ -38,7 +38,7 @@ def random_class_mask(labels):
 def test_equals_a_loop_over_samples(inputs, masked):
     x, c, labels = inputs
     class_mask = random_class_mask(labels) if masked else torch.ones(C, dtype=torch.bool)
-    lse, target = negative_logsumexp(x, c, labels, 9.0, class_mask if masked else None)
+    lse, target = logsumexp_of_negatives(x, c, labels, 9.0, class_mask if masked else None)
     for i in range(N):
         others = class_mask & (torch.arange(C) != labels[i])
         expected = (9.0 * normalize(c[others]) @ normalize(x[i], dim=0)).logsumexp(0)
@@ -50,24 +50,24 @@ def test_gradcheck(inputs):
     x, c, labels = inputs
     class_mask = random_class_mask(labels)
     assert torch.autograd.gradcheck(
-        lambda x, c: negative_logsumexp(x, c, labels, 3.0, class_mask), (x, c)
+        lambda x, c: logsumexp_of_negatives(x, c, labels, 3.0, class_mask), (x, c)
     )
 
 
 def test_either_input_may_need_no_gradient(inputs):
     x, c, labels = inputs
     expected = torch.autograd.grad(
-        sum(f.sum() for f in negative_logsumexp(x, c, labels, 3.0)), (x, c)
+        sum(f.sum() for f in logsumexp_of_negatives(x, c, labels, 3.0)), (x, c)
     )
     for i in range(2):
         args = [t if j == i else t.detach() for j, t in enumerate((x, c))]
-        loss = sum(f.sum() for f in negative_logsumexp(*args, labels, 3.0))
+        loss = sum(f.sum() for f in logsumexp_of_negatives(*args, labels, 3.0))
         assert torch.allclose(*torch.autograd.grad(loss, args[i]), expected[i])
 
 
 def test_backward_can_be_repeated(inputs):
     x, c, labels = inputs
-    lse, target = negative_logsumexp(x, c, labels, 3.0)
+    lse, target = logsumexp_of_negatives(x, c, labels, 3.0)
     first, second = (
         torch.autograd.grad((lse * target).sum(), (x, c), retain_graph=True) for _ in range(2)
     )
@@ -78,20 +78,21 @@ def test_second_derivatives_need_the_reference_implementation(inputs, implementa
     x, c, labels = inputs
     x = x[:3].detach().requires_grad_()
     if implementation == "chunked":
-        lse, _ = negative_logsumexp(x, c, labels[:3], 3.0)
+        lse, _ = logsumexp_of_negatives(x, c, labels[:3], 3.0)
         with pytest.raises(RuntimeError, match='use implementation="reference"'):
             torch.autograd.grad(lse.sum(), x, create_graph=True)
     assert torch.autograd.gradgradcheck(
-        lambda x, c: negative_logsumexp(x, c, labels[:3], 3.0, implementation="reference"), (x, c)
+        lambda x, c: logsumexp_of_negatives(x, c, labels[:3], 3.0, implementation="reference"),
+        (x, c),
     )
 
 
 def test_compiles_to_the_same_values(inputs):
     x, c, labels = inputs
     torch._dynamo.reset()
-    compiled = torch.compile(negative_logsumexp, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(logsumexp_of_negatives, backend="aot_eager", fullgraph=True)
     results = []
-    for function in (compiled, negative_logsumexp):
+    for function in (compiled, logsumexp_of_negatives):
         lse, target = function(x, c, labels, 3.0)
         results.append((lse, target, *torch.autograd.grad((lse * target).sum(), (x, c))))
     for actual, expected in zip(*results, strict=True):
@@ -101,7 +102,7 @@ def test_compiles_to_the_same_values(inputs):
 @pytest.mark.parametrize("scale", [1e-3, 64.0, 1e4])
 def test_equals_the_formula_at_extreme_scales(inputs, scale):
     x, c, labels = inputs
-    lse, target = negative_logsumexp(x, c, labels, scale)
+    lse, target = logsumexp_of_negatives(x, c, labels, scale)
     cosines = torch.cosine_similarity(x[:, None], c, dim=2)
     others = cosines[torch.arange(C) != labels[:, None]].view(N, C - 1)
     assert torch.allclose(lse, (scale * others).logsumexp(1))
@@ -123,7 +124,7 @@ def test_a_single_class_gives_zero_loss_and_gradients():
 
 def test_centers_may_need_no_gradient(inputs):
     x, c, labels = inputs
-    lse, target = negative_logsumexp(x, c.detach(), labels, 3.0)
+    lse, target = logsumexp_of_negatives(x, c.detach(), labels, 3.0)
     (lse.sum() + target.sum()).backward()
     assert x.grad.abs().sum() > 0
     assert c.grad is None
@@ -133,7 +134,7 @@ def test_results_of_two_halves_of_the_classes_combine(inputs):
     x, c, labels = inputs
     half, class_mask = C // 2, random_class_mask(labels)
     left, right = (
-        negative_logsumexp(
+        logsumexp_of_negatives(
             x,
             c[part],
             (labels - part.start).clamp(0, half - 1),
@@ -147,7 +148,7 @@ def test_results_of_two_halves_of_the_classes_combine(inputs):
     results = []
     for lse, target in (
         (torch.logaddexp(left[0], right[0]), left[1] + right[1]),
-        negative_logsumexp(x, c, labels, 9.0, class_mask),
+        logsumexp_of_negatives(x, c, labels, 9.0, class_mask),
     ):
         grads = torch.autograd.grad((weights[0] * lse + weights[1] * target).sum(), (x, c))
         results.append((lse, target, *grads))
@@ -159,9 +160,11 @@ def test_centers_may_change_before_backward(inputs):
     """The next batch changes EMA centers, and two losses may be summed before one backward."""
     x, c, labels = inputs
     c = c.detach()
-    expected = torch.autograd.grad(sum(f.sum() for f in negative_logsumexp(x, c, labels, 3.0)), x)
+    expected = torch.autograd.grad(
+        sum(f.sum() for f in logsumexp_of_negatives(x, c, labels, 3.0)), x
+    )
     ema_centers = c.clone()
-    lse, target = negative_logsumexp(x, ema_centers, labels, 3.0)
+    lse, target = logsumexp_of_negatives(x, ema_centers, labels, 3.0)
     ema_centers.neg_()
     (actual,) = torch.autograd.grad((lse + target).sum(), x)
     assert torch.equal(actual, expected[0])
