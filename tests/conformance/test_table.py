@@ -40,7 +40,7 @@ def test_every_public_class_is_in_a_row(public):
     in_rows = any(
         isinstance(part, public) for component in COMPONENTS for part in parts(component.make())
     )
-    assert in_rows != (public in NO_ROW)
+    assert in_rows != (public in NO_ROW), "it needs a row in components.py, or an entry in NO_ROW"
 
 
 def test_every_capability_has_a_description():

@@ -99,6 +99,9 @@ def norms_fit_float32(*batches: Tensor) -> bool:
 
 
 def gradients_fit_dtype(x: Tensor, slope: float) -> bool:
-    """Whether gradients through x / |x| are finite in x's dtype, given a gradient of ``slope``."""
+    """Whether gradients with respect to x are finite in x's dtype.
+
+    ``slope`` is an upper bound of the norm of the gradient with respect to x / |x|.
+    """
     norm = float(x.detach().double().norm(dim=1).clamp_min(1e-12).amin()) if len(x) else 1.0
     return slope / norm < torch.finfo(x.dtype).max / 100
