@@ -43,8 +43,7 @@ class Component:
     )
     supports_cross_batch_memory: bool = capability(
         True,
-        "Works in CrossBatchMemory and SelfSupervisedLoss, and is in their supported_losses "
-        "(losses/wrappers.py)",
+        "Works in CrossBatchMemory and SelfSupervisedLoss",
     )
     supports_distributed_wrapper: bool = capability(
         True,

@@ -29,10 +29,11 @@ def value(component, x, labels, *args, **kwargs):
     return component.call(component.make(**kwargs), x, labels, *args)
 
 
-@torch.no_grad()  # the distillation term has no elements, and is only computed with gradients
 def elements(component, x, labels):
     """The unreduced elements of each sub-loss."""
-    parts = value(component, x, labels, reducer=reducers.DoNothingReducer())
+    # The distillation term has no elements, and is only computed with gradients.
+    with torch.set_grad_enabled(not component.observes_network):
+        parts = value(component, x, labels, reducer=reducers.DoNothingReducer())
     return [part["losses"] for part in parts.values()]
 
 
@@ -266,14 +267,13 @@ def train_with_memory(memory, labels):
         assert loss.isfinite()
         assert x.grad.isfinite().all()
         total += x.grad.abs().sum()
-    # Not in each step: some miners return only a sample's own copy as its positive.
-    assert total > 0
+    return total
 
 
 @pytest.mark.components_with(supports_cross_batch_memory=True)
 def test_works_in_cross_batch_memory(loss_component, labels):
     memory = CrossBatchMemory(loss_component.make(), EMBEDDING_SIZE, memory_size=3 * len(labels))
-    train_with_memory(memory, labels)
+    assert train_with_memory(memory, labels) > 0
 
 
 @pytest.mark.components_with(supports_cross_batch_memory=True)
@@ -281,6 +281,7 @@ def test_works_in_cross_batch_memory_with_every_miner(loss_component, make_miner
     memory = CrossBatchMemory(
         loss_component.make(), EMBEDDING_SIZE, memory_size=3 * len(labels), miner=make_miner()
     )
+    # The gradient may be 0: some miners return only a sample's own copy as its positive.
     train_with_memory(memory, labels)
 
 
