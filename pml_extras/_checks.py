@@ -36,16 +36,37 @@ def in_half_open_range(low: float, high: float, **values: float) -> None:
         require(low <= value < high, name, f"lie in [{low}, {high})", value)
 
 
-def class_labels(labels: torch.Tensor | None, num_classes: int) -> torch.Tensor:
+def class_batch(
+    x: torch.Tensor, labels: torch.Tensor | None, embedding_size: int, num_classes: int
+) -> torch.Tensor:
+    """Check embeddings and their class indices. Return these as int64 on the embeddings' device."""
+    embeddings(x, embedding_size)
+    labels = class_labels(labels, num_classes, len(x))
+    return labels.to(x.device, torch.long)
+
+
+def integer_labels(labels: torch.Tensor | None, num_samples: int | None = None) -> torch.Tensor:
+    """Check that labels are a tensor of integers, (num_samples,) if given, and return them."""
+    if labels is None:
+        raise ValueError("labels are required")
+    if not isinstance(labels, torch.Tensor):
+        raise ValueError(f"labels must be a tensor, got {type(labels).__name__}")
+    if labels.is_floating_point() or labels.is_complex():
+        raise ValueError(f"labels must be integers, got {labels.dtype}")
+    if num_samples is not None and labels.shape != (num_samples,):
+        raise ValueError(f"labels must have shape ({num_samples},), got {tuple(labels.shape)}")
+    return labels
+
+
+def class_labels(
+    labels: torch.Tensor | None, num_classes: int, num_samples: int | None = None
+) -> torch.Tensor:
     """Check that labels are class indices, and return them.
 
     Call it before labels go to a GPU. Labels on a GPU are left to its own bounds check, because
     reading them would make the host wait in every step.
     """
-    if labels is None:
-        raise ValueError("labels are required")
-    if labels.is_floating_point() or labels.is_complex():
-        raise ValueError(f"labels must be integers, got {labels.dtype}")
+    labels = integer_labels(labels, num_samples)
     if labels.device.type != "cpu":
         return labels
     wide = labels.long()

@@ -1,9 +1,91 @@
-"""What all components share: hyperparameters in the repr and the log, and the losses' format."""
+"""What components share: when and how they keep state, what PML logs, and the losses' format."""
 
+import gc
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
+
+def is_training_step(module: torch.nn.Module) -> bool:
+    """Whether a call of the module may change its state, or perturb what it is given.
+
+    PML's users compute a validation loss under ``torch.no_grad()``, and few put the loss into eval
+    mode. So a call without gradients is not a training step either.
+    """
+    return module.training and torch.is_grad_enabled()
+
+
+class AccumulatorsMixin(torch.nn.Module):
+    """Keeps the buffers in float32 or wider, whatever dtype the module is cast to.
+
+    In bfloat16, a moving average that changes by less than 0.4% in a step does not change at all.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # What nn.Module calls in .to(), .half() and the like.
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and is_narrow(new.dtype):
+                self._buffers[name] = old.to(new.device)
+        return self
+
+
+def is_narrow(dtype: torch.dtype) -> bool:
+    """Whether it is a floating dtype narrower than float32."""
+    return dtype.is_floating_point and dtype.itemsize < torch.float32.itemsize
+
+
+def accumulator_dtype() -> torch.dtype:
+    """The dtype for moving averages: torch's default, but at least float32."""
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
+
+
+class ExtraStateMixin(torch.nn.Module):
+    """Saves state that is neither a parameter nor a buffer in the state_dict, as tensors.
+
+    ``get_extra_state`` of torch may return any object, but safetensors saves tensors only. The
+    names are those of attributes, because torch.distributed.checkpoint looks them up.
+    """
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """The tensors to save, by name."""
+        raise NotImplementedError
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Restore what :meth:`extra_state` returned. All its names are there."""
+        raise NotImplementedError
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, tensor in self.extra_state().items():
+            destination[prefix + name] = tensor if keep_vars else tensor.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        lists = missing_keys, unexpected_keys, error_msgs
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        names = {prefix + name: name for name in self.extra_state()}
+        unexpected_keys[:] = [key for key in unexpected_keys if key not in names]
+        missing = [key for key in names if key not in state_dict]
+        missing_keys += missing
+        if not missing:
+            try:
+                self.load_extra_state({name: state_dict[key] for key, name in names.items()})
+            except RuntimeError as error:
+                error_msgs.append(str(error))
 
 
 class HyperparametersMixin:
@@ -25,33 +107,35 @@ class HyperparametersMixin:
         return ", ".join(f"{name}={value!r}" for name, value in self.hyperparameters().items())
 
 
-def element_losses(losses: torch.Tensor) -> dict[str, Any]:
+def element_losses(losses: Tensor) -> dict[str, Any]:
     """The entry of PML's loss dict for one loss per sample, (N,)."""
     indices = torch.arange(len(losses), device=losses.device)
     return {"losses": losses, "indices": indices, "reduction_type": "element"}
 
 
 class OptimizerReminder:
-    """Detects a parameter that gets gradients in 100 steps and does not move.
+    """Detects a parameter that has had gradients in 100 steps, does not move, and has no optimizer.
 
     PML's users give a loss's parameters to an optimizer of their own. Forgetting it has no other
     sign than low accuracy.
     """
 
-    patience = 100  # longer than usual gradient accumulation
+    patience = 100
     num_steps = 0
 
-    def is_due(self, parameter: torch.Tensor) -> bool:
+    def is_due(self, parameter: Tensor) -> bool:
         """Call this in each training step, before the forward pass. True at most once."""
-        # zero_grad of an optimizer that has the parameter usually sets .grad to None.
         if parameter.grad is None or self.num_steps == self.patience:
             return False
         if self.num_steps == 0:
-            row = parameter.grad.abs().amax(1).argmax()[None]
-            self.before = parameter._version, row, parameter.detach()[row]
+            self.first_version = parameter._version  # counts changes in place
         self.num_steps += 1
-        version, row, probe_row = self.before
-        # Fused optimizers do not count their changes in _version, so compare values too.
-        if self.num_steps < self.patience or parameter._version != version:
-            return False
-        return torch.equal(parameter.detach()[row].to(probe_row), probe_row)
+        moved = parameter._version != self.first_version
+        return self.num_steps == self.patience and not moved and not _has_optimizer(parameter)
+
+
+def _has_optimizer(parameter: Tensor) -> bool:
+    """Whether an optimizer has the parameter, which it may not have stepped yet."""
+    optimizers = [x for x in gc.get_objects() if issubclass(type(x), torch.optim.Optimizer)]
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    return any(p is parameter for group in groups for p in group["params"])

@@ -11,11 +11,16 @@ from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
 from .. import _checks
-from .._component import HyperparametersMixin, element_losses
+from .._component import (
+    AccumulatorsMixin,
+    HyperparametersMixin,
+    element_losses,
+    is_training_step,
+)
 
 
 class BaseCenterContrastiveLoss(
-    HyperparametersMixin, WeightRegularizerMixin, BaseMetricLossFunction, ABC
+    HyperparametersMixin, AccumulatorsMixin, WeightRegularizerMixin, BaseMetricLossFunction, ABC
 ):
     """Hyperparameters and the steps of a forward pass. A subclass makes and moves the centers."""
 
@@ -68,9 +73,23 @@ class BaseCenterContrastiveLoss(
     def _make_centers(self) -> None:
         """Set ``centers`` and, with EMA centers, ``class_counts``."""
 
-    @abstractmethod
     def update_centers(self, embeddings: Tensor, labels: Tensor) -> None:
-        """Update the EMA centers of the classes of a batch, (N, D) and (N,)."""
+        """Move the EMA centers of a batch's classes, as a training step does, in any mode.
+
+        Args:
+            embeddings: (N, D), any floating dtype and scale.
+            labels: (N,) integers in [0, C).
+
+        Raises:
+            ValueError: for other arguments, or with ``center_update="gradient"``.
+        """
+        _checks.require(self.uses_ema, "center_update", 'be "ema" to update', self.center_update)
+        sizes = self.embedding_size, self.num_classes
+        self._update_centers(embeddings, _checks.class_batch(embeddings, labels, *sizes))
+
+    @abstractmethod
+    def _update_centers(self, embeddings: Tensor, labels: Tensor) -> None:
+        """Update the EMA centers of the classes of a checked batch, (N, D) and (N,)."""
 
     @abstractmethod
     def _sample_losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
@@ -91,16 +110,16 @@ class BaseCenterContrastiveLoss(
         c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
         _checks.embeddings(embeddings, self.embedding_size)
         labels = labels.long()
-        updates_centers = self.training and self.uses_ema
+        updates_centers = self.uses_ema and is_training_step(self)
         if len(embeddings) == 0:
             if updates_centers:  # other processes wait for this one
-                self.update_centers(embeddings, labels)
+                self._update_centers(embeddings, labels)
             return self.zero_losses()
         # Before any state changes, because a wrong tuple raises here.
         dtype = torch.promote_types(embeddings.dtype, self.centers.dtype)
         weights = lmu.convert_to_weights(indices_tuple, labels, dtype=dtype)
         if updates_centers:
-            self.update_centers(embeddings, labels)
+            self._update_centers(embeddings, labels)
         losses = self._sample_losses(embeddings, labels) * weights
         if self.collect_stats:
             self._set_stats(embeddings, labels)

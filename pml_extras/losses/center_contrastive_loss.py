@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from .. import _checks
-from .._component import OptimizerReminder
+from .._component import OptimizerReminder, accumulator_dtype, is_training_step
 from ..functional import center_contrastive_loss, moving_class_means, pairwise_cosine
 from ..functional._distributed import gather_batch
 from ._base_center_contrastive_loss import BaseCenterContrastiveLoss
@@ -31,11 +31,12 @@ class CenterContrastiveLoss(BaseCenterContrastiveLoss):
       divide the learning rate, unless the optimizer is scale-free.
     - ``center_update="ema"``: ``centers`` is a buffer. Before each comparison the centers of the
       batch's classes become the normalized exponential moving average of their embeddings. No
-      optimizer is needed. A class takes part in the softmax once it has been seen. In eval mode the
-      centers do not move. Under torch.distributed the averages are over the batches of all
-      processes, which may be empty, and the centers stay equal bit by bit; all processes must call
-      the loss, in training mode, equally often. The averages are computed in float64, which some
-      devices (MPS) do not support.
+      optimizer is needed. A class takes part in the softmax once it has been seen. In eval mode and
+      under ``torch.no_grad()`` the centers do not move; :meth:`update_centers` moves them in any
+      case. Under torch.distributed the averages are over the batches of all processes, which may be
+      empty, and the centers stay equal bit by bit; all processes must call the loss in training,
+      equally often. The averages are computed in float64, which some devices (MPS) do not support.
+      They are kept in float32 or wider, also if the module is cast to half precision.
 
     Args:
         num_classes: C >= 1; labels lie in [0, C).
@@ -80,12 +81,13 @@ class CenterContrastiveLoss(BaseCenterContrastiveLoss):
     """
 
     def _make_centers(self) -> None:
-        centers = torch.zeros(self.num_classes, self.embedding_size)
+        shape = self.num_classes, self.embedding_size
         if self.uses_ema:
+            centers = torch.zeros(*shape, dtype=accumulator_dtype())
             self.register_buffer("centers", centers)
             self.register_buffer("class_counts", torch.zeros(self.num_classes, dtype=torch.long))
         else:
-            self.centers = torch.nn.Parameter(centers)
+            self.centers = torch.nn.Parameter(torch.zeros(*shape))
             self.weight_init_func(self.centers)
             self._optimizer_reminder = OptimizerReminder()
 
@@ -98,7 +100,8 @@ class CenterContrastiveLoss(BaseCenterContrastiveLoss):
         ref_labels: Tensor | None = None,
     ) -> Tensor:
         _checks.class_labels(labels, self.num_classes)
-        if self.training and not self.uses_ema and self._optimizer_reminder.is_due(self.centers):
+        needs_optimizer = not self.uses_ema and is_training_step(self)
+        if needs_optimizer and self._optimizer_reminder.is_due(self.centers):
             warnings.warn(
                 f"the centers of {type(self).__name__} have had gradients in 100 steps and have not"
                 " moved: give loss.parameters() to an optimizer, whose key in PML's trainers is"
@@ -120,8 +123,7 @@ class CenterContrastiveLoss(BaseCenterContrastiveLoss):
         )
 
     @torch.no_grad()
-    def update_centers(self, embeddings: Tensor, labels: Tensor) -> None:
-        """Update the EMA centers of the classes of a batch, (N, D) and (N,)."""
+    def _update_centers(self, embeddings: Tensor, labels: Tensor) -> None:
         embeddings, labels = gather_batch(embeddings.to(self.centers.dtype), labels)
         self.centers[labels], self.class_counts[labels] = moving_class_means(
             self.centers,

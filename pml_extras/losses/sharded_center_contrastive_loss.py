@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from .. import _checks
+from .._component import accumulator_dtype
 from ..functional import (
     moving_class_means,
     pairwise_cosine,
@@ -123,13 +124,14 @@ class ShardedCenterContrastiveLoss(BaseCenterContrastiveLoss):
         from torch.distributed.tensor import Shard, zeros  # some builds of torch lack it
 
         sharded: Any = {"device_mesh": self.device_mesh, "placements": [Shard(0)]}
-        centers = zeros(self.num_classes, self.embedding_size, **sharded)
+        shape = self.num_classes, self.embedding_size
         if self.uses_ema:
+            centers = zeros(*shape, dtype=accumulator_dtype(), **sharded)
             counts = zeros(self.num_classes, dtype=torch.long, **sharded)
             self.register_buffer("centers", centers)
             self.register_buffer("class_counts", counts)
         else:
-            self.centers = torch.nn.Parameter(centers)
+            self.centers = torch.nn.Parameter(zeros(*shape, **sharded))
             self._init_centers()
 
     @torch.no_grad()
@@ -202,9 +204,16 @@ class ShardedCenterContrastiveLoss(BaseCenterContrastiveLoss):
             group=self.group,
         )
 
-    @torch.no_grad()
     def update_centers(self, embeddings: Tensor, labels: Tensor) -> None:
-        """Update the EMA centers of this rank's classes with a whole batch, (N, D) and (N,)."""
+        """As in :class:`CenterContrastiveLoss`, with each rank's part of the batch."""
+        _checks.require(self.uses_ema, "center_update", 'be "ema" to update', self.center_update)
+        headers = self._gather_headers(lambda: self._batch_header(embeddings, labels))
+        sizes = [header.num_rows for header in headers]
+        labels = gather_rows(labels.to(embeddings.device).long(), sizes, self.group)
+        self._update_centers(self._gather(embeddings, headers), labels)
+
+    @torch.no_grad()
+    def _update_centers(self, embeddings: Tensor, labels: Tensor) -> None:
         centers, counts = _local(self.centers), _local(self.class_counts)
         is_local, local_labels = find_local_classes(labels, self.first_class, len(centers))
         local_labels = local_labels[is_local]
@@ -279,9 +288,9 @@ class ShardedCenterContrastiveLoss(BaseCenterContrastiveLoss):
         self,
         embeddings: Tensor,
         labels: Tensor | None,
-        indices_tuple: tuple[Tensor, ...] | None,
-        ref_emb: Tensor | None,
-        ref_labels: Tensor | None,
+        indices_tuple: tuple[Tensor, ...] | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
     ) -> RankHeader:
         # Check labels on a GPU too: one that is too large would count as another rank's.
         labels = _checks.class_labels(None if labels is None else labels.cpu(), self.num_classes)

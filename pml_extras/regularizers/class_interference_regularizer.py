@@ -8,14 +8,22 @@ from torch import Tensor
 from torch.nn.functional import normalize as normalize_rows
 
 from .. import _checks
-from .._component import HyperparametersMixin
+from .._component import (
+    AccumulatorsMixin,
+    ExtraStateMixin,
+    HyperparametersMixin,
+    accumulator_dtype,
+    is_training_step,
+)
 from ..functional import class_interference, moving_class_means
 from ..functional._distributed import gather_batch
 
 ATTACHED_AS = "class_interference"  # the name of the submodule and of the hooks of a loss
 
 
-class ClassInterferenceRegularizer(HyperparametersMixin, BaseRegularizer):
+class ClassInterferenceRegularizer(
+    HyperparametersMixin, AccumulatorsMixin, ExtraStateMixin, BaseRegularizer
+):
     r"""Moves training embeddings toward the means of other classes before a loss sees them.
 
     .. math::
@@ -33,10 +41,12 @@ class ClassInterferenceRegularizer(HyperparametersMixin, BaseRegularizer):
     loss's own state is computed from what the loss sees: EMA centers are averages of perturbed
     embeddings, and ``ContextualLoss`` does not recognize a perturbed sample's own row in a memory.
 
-    In eval mode the embeddings are not changed and the means are not updated. Under
-    torch.distributed the means are over the batches of all processes, which may be empty, and they
-    are equal bit by bit; all processes must call the loss, in training mode, equally often. The
-    means are computed in float64, which some devices (MPS) do not support.
+    In eval mode and under ``torch.no_grad()`` the embeddings are not changed and the means are not
+    updated; :meth:`update_class_means` updates them in any case. Under torch.distributed the means
+    are over the batches of all processes, which may be empty, and they are equal bit by bit; all
+    processes must call the loss in training equally often. The means are computed in float64, which
+    some devices (MPS) do not support. They are kept in float32 or wider, also if the module is cast
+    to half precision.
 
     Args:
         num_classes: C >= 2; labels lie in [0, C).
@@ -105,7 +115,8 @@ class ClassInterferenceRegularizer(HyperparametersMixin, BaseRegularizer):
         self.generator = generator
         self.record("avg_shift", "num_seen_classes")
         self._pending_batch: tuple[Tensor, Tensor] | None = None  # not yet in the means
-        self.register_buffer("class_means", torch.zeros(num_classes, embedding_size))
+        means = torch.zeros(num_classes, embedding_size, dtype=accumulator_dtype())
+        self.register_buffer("class_means", means)
         self.register_buffer("class_counts", torch.zeros(num_classes, dtype=torch.long))
 
     def interfere(self, embeddings: Tensor, labels: Tensor | None) -> Tensor:
@@ -116,16 +127,11 @@ class ClassInterferenceRegularizer(HyperparametersMixin, BaseRegularizer):
 
     def _perturb(self, embeddings: Tensor, labels: Tensor | None) -> Tensor:
         self._pending_batch = None
-        if not self.training:
+        if not is_training_step(self):
             return embeddings
         self.reset_stats()
-        labels = _checks.class_labels(labels, self.num_classes)
-        _checks.embeddings(embeddings, self.embedding_size)
-        if labels.shape != embeddings.shape[:1]:
-            raise ValueError(
-                f"labels must have shape ({len(embeddings)},), got {tuple(labels.shape)}"
-            )
-        labels = labels.to(embeddings.device, torch.long)
+        sizes = self.embedding_size, self.num_classes
+        labels = _checks.class_batch(embeddings, labels, *sizes)
         self._pending_batch = embeddings.detach(), labels
         if len(embeddings) == 0:
             return embeddings
@@ -148,11 +154,23 @@ class ClassInterferenceRegularizer(HyperparametersMixin, BaseRegularizer):
     def _update_pending(self) -> None:
         if self._pending_batch is not None:
             batch, self._pending_batch = self._pending_batch, None
-            self.update_class_means(*batch)
+            self._update_class_means(*batch)
+
+    def update_class_means(self, embeddings: Tensor, labels: Tensor) -> None:
+        """Update the class means with a batch, as a training step does, in any mode.
+
+        Args:
+            embeddings: (N, D), clean, any floating dtype.
+            labels: (N,) integers in [0, C).
+
+        Raises:
+            ValueError: for other arguments.
+        """
+        sizes = self.embedding_size, self.num_classes
+        self._update_class_means(embeddings, _checks.class_batch(embeddings, labels, *sizes))
 
     @torch.no_grad()
-    def update_class_means(self, embeddings: Tensor, labels: Tensor) -> None:
-        """Update the class means with clean embeddings, (N, D), and their labels, (N,) int64."""
+    def _update_class_means(self, embeddings: Tensor, labels: Tensor) -> None:
         embeddings, labels = gather_batch(embeddings.to(self.class_means.dtype), labels)
         if self.normalize:
             embeddings = normalize_rows(embeddings)
@@ -204,12 +222,12 @@ class ClassInterferenceRegularizer(HyperparametersMixin, BaseRegularizer):
             " call regularizer.attach(loss) instead"
         )
 
-    def get_extra_state(self) -> Tensor | None:
-        return None if self.generator is None else self.generator.get_state()
+    def extra_state(self) -> dict[str, Tensor]:
+        return {} if self.generator is None else {"generator": self.generator.get_state()}
 
-    def set_extra_state(self, state: Tensor | None) -> None:
-        if self.generator is not None and state is not None:
-            self.generator.set_state(state.cpu())
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        if self.generator is not None:
+            self.generator.set_state(state["generator"].cpu())
 
 
 def _hook_dicts(module: torch.nn.Module) -> tuple[dict[Any, Any], ...]:

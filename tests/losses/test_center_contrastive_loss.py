@@ -200,6 +200,29 @@ class TestForgottenOptimizerWarning:
             warnings.simplefilter("error")
             self.train(loss_func, optimizer(loss_func.parameters(), 0.0, foreach=foreach), batch)
 
+    def test_does_not_warn_while_gradients_accumulate(self, batch):
+        loss_func = CenterContrastiveLoss(C, D)
+        optimizer = torch.optim.SGD(loss_func.parameters(), 0.1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            self.train(loss_func, None, batch, steps=300)  # micro-batches before the first step
+            optimizer.step()
+
+    def test_warns_if_another_loss_has_the_optimizer(self, batch):
+        loss_func, other = CenterContrastiveLoss(C, D), CenterContrastiveLoss(C, D)
+        optimizer = torch.optim.SGD(other.parameters(), 0.1)
+        with pytest.warns(UserWarning, match="have not moved"):
+            self.train(loss_func, optimizer, batch)
+
+    def test_does_not_warn_if_the_centers_are_moved_by_hand(self, batch):
+        loss_func = CenterContrastiveLoss(C, D)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for _ in range(150):
+                loss_func(*batch).backward()
+                with torch.no_grad():
+                    loss_func.centers -= 0.1 * loss_func.centers.grad
+
     def test_does_not_warn_if_a_fused_optimizer_steps(self, batch):
         # A fused optimizer does not increment the version counters of the parameters.
         loss_func = CenterContrastiveLoss(C, D)
@@ -286,6 +309,33 @@ class TestEMA:
         before = loss_func.centers.clone()
         loss_func.eval()(torch.randn(N, D), batch[1])
         assert torch.equal(loss_func.centers, before)
+
+    def test_update_centers_is_the_update_of_a_training_step(self, batch):
+        trained, updated = self.make_loss(), self.make_loss().eval()
+        trained(*batch)
+        with torch.no_grad():
+            updated.update_centers(batch[0].half().float(), batch[1].int())
+            trained_again = self.make_loss()
+            trained_again.update_centers(*batch)
+        assert torch.equal(trained_again.centers, trained.centers)
+        assert torch.equal(updated.class_counts, trained.class_counts)
+        assert torch.allclose(updated.centers, trained.centers, atol=1e-3)
+
+    def test_update_centers_refuses_wrong_input(self, batch):
+        x, labels = batch
+        loss_func = self.make_loss()
+        before = state_of(loss_func)
+        for message, arguments in {
+            r"labels must lie in \[0, 7\)": (x, labels + C),
+            "labels are required": (x, None),
+            r"labels must have shape \(24,\)": (x, labels[1:]),
+            r"shape \(batch_size, 5\)": (x[:, 1:], labels),
+        }.items():
+            with pytest.raises(ValueError, match=message):
+                loss_func.update_centers(*arguments)
+        assert same_state(state_of(loss_func), before)
+        with pytest.raises(ValueError, match='center_update must be "ema" to update'):
+            CenterContrastiveLoss(C, D).update_centers(x, labels)
 
     def test_embeddings_that_are_not_finite_do_not_change_the_centers(self, batch):
         x, labels = batch

@@ -238,6 +238,19 @@ def compare_with_one_process(rank: int) -> None:
     assert torch.allclose(loss, expected)
     assert torch.allclose(sharded.centers.grad.full_tensor(), plain.centers.grad, atol=1e-6)
 
+    # EMA centers that are updated outside of training.
+    plain, sharded_ema = (
+        make_loss(cls, center_update="ema")
+        for cls in (CenterContrastiveLoss, ShardedCenterContrastiveLoss)
+    )
+    plain.update_centers(embeddings, labels)
+    sharded_ema.update_centers(local_half.detach().float(), local_labels)
+    assert torch.equal(sharded_ema.class_counts.full_tensor(), plain.class_counts)
+    assert torch.allclose(sharded_ema.centers.full_tensor(), plain.centers, atol=1e-2)
+    with pytest.raises(ValueError, match='center_update must be "ema" to update'):
+        sharded.update_centers(local_x.detach(), local_labels)
+    assert sharded_ema.bfloat16().centers.dtype == torch.float32
+
     # Inside MultipleLosses, without a reducer: one loss per sample of all ranks.
     both = MultipleLosses([make_loss(reducer=DoNothingReducer()), make_loss()])
     assert "loss" in both.losses[0](local_x, local_labels)

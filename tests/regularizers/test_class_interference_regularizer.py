@@ -73,6 +73,28 @@ def test_is_the_identity_in_eval_mode(batch):
     assert same_state(state_of(regularizer), before)
 
 
+def test_validation_under_no_grad_has_the_loss_of_clean_embeddings():
+    x, labels = torch.eye(4).repeat(2, 1), torch.arange(4).repeat(2)
+    regularizer = ClassInterferenceRegularizer(4, 4, strength=0.4)
+    loss_func = regularizer.attach(TripletMarginLoss())
+    loss_func(x, labels)
+    assert loss_func(x, labels) > 0
+    with torch.no_grad():
+        assert loss_func(x, labels) == 0
+
+
+def test_update_class_means_is_the_update_of_a_training_step(batch):
+    trained, updated = make_regularizer(strength=0), make_regularizer().eval()
+    trained.interfere(*batch)
+    with torch.no_grad():
+        updated.update_class_means(batch[0], batch[1].int())
+    assert torch.equal(updated.class_means, trained.class_means)
+    assert torch.equal(updated.class_counts, trained.class_counts)
+    with pytest.raises(ValueError, match=rf"labels must lie in \[0, {C}\)"):
+        updated.update_class_means(batch[0], batch[1] + C)
+    assert torch.equal(updated.class_means, trained.class_means)
+
+
 def test_is_the_identity_at_strength_zero_without_normalization(batch):
     regularizer = with_means(make_regularizer(strength=0, normalize=False), batch)
     x = torch.randn(N, D)
