@@ -31,8 +31,20 @@ class BaseLossWrapper(nn.Module):
     def check_loss_support(cls, loss_name: str) -> None: ...
 
 class CrossBatchMemory(BaseLossWrapper):
+    embedding_size: int
+    memory_size: int
+    embedding_memory: Tensor
+    label_memory: Tensor
     queue_idx: int
     has_been_filled: bool
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        indices_tuple: tuple[Tensor, ...] | None = None,
+        enqueue_mask: Tensor | None = None,
+    ) -> Tensor: ...
+    def add_to_memory(self, embeddings: Tensor, labels: Tensor, batch_size: int) -> None: ...
     @staticmethod
     def supported_losses() -> list[str]: ...
 
