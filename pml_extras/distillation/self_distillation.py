@@ -8,12 +8,12 @@ from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import Tensor
 
 from .. import _checks
-from .._component import HyperparametersMixin
+from .._component import ExtraStateMixin, HyperparametersMixin, is_training_step
 from ..losses import ListwiseDistillationLoss
 from .teacher import Teacher
 
 
-class SelfDistillation(HyperparametersMixin, ModuleWithRecords):
+class SelfDistillation(HyperparametersMixin, ExtraStateMixin, ModuleWithRecords):
     r"""Adds self-distillation to any loss: the network also matches the similarity distributions of
     an earlier version of itself.
 
@@ -92,13 +92,18 @@ class SelfDistillation(HyperparametersMixin, ModuleWithRecords):
         In eval mode, without gradients, and while the weight is 0, it is the wrapped loss alone.
         """
         self.reset_stats()
-        if not (self.training and torch.is_grad_enabled() and self.weight > 0):
-            self.teacher.clear()
+        if not is_training_step(self):
             return self.loss(embeddings, *args, **kwargs)  # type: ignore[no-any-return]
+        if self.weight == 0:
+            self.teacher.clear()
+            loss: Tensor = self.loss(embeddings, *args, **kwargs)
+            self.teacher.end_batch()
+            return loss
         # The teacher first: if the embeddings are not of its batch, the loss must not change state.
         teacher_embeddings = self.teacher.embed(len(embeddings))
         distillation: Tensor = self.distillation(embeddings, ref_emb=teacher_embeddings)
-        loss: Tensor = self.loss(embeddings, *args, **kwargs)
+        loss = self.loss(embeddings, *args, **kwargs)
+        self.teacher.end_batch()
         if self.collect_stats:
             self.base_loss, self.distillation_loss = loss.item(), distillation.item()
             self.distillation_weight = self.weight
@@ -129,9 +134,10 @@ class SelfDistillation(HyperparametersMixin, ModuleWithRecords):
 
         return end_epoch_then_hook
 
-    def get_extra_state(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "teacher": self.teacher.state_dict()}
+    def extra_state(self) -> dict[str, Tensor]:
+        teacher = {f"teacher.{name}": t for name, t in self.teacher.state_dict().items()}
+        return {"epoch": torch.tensor(self.epoch), **teacher}
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.epoch = state["epoch"]
-        self.teacher.load_state_dict(state["teacher"])
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        self.epoch = int(state.pop("epoch"))
+        self.teacher.load_state_dict({n.removeprefix("teacher."): t for n, t in state.items()})

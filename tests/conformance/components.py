@@ -71,7 +71,7 @@ def self_distillation(teacher_type, make_loss, **hyperparameters):
         teacher = teacher_type(*networks, **hyperparameters)
         loss_func = SelfDistillation(loss, teacher, num_epochs=4, collect_stats=collect_stats)
         if models is None:  # after one epoch, with a network that differs from the teacher
-            teacher.before_training_pass()
+            teacher._learn()
             loss_func.end_epoch()
             with torch.no_grad():
                 networks[0].weight += 0.3

@@ -65,6 +65,12 @@ def test_loss_schedule_and_teacher_weights(data, d, teacher_type):
         for _ in range(data.draw(st.integers(0, 3))):
             n = data.draw(st.integers(0, 12))
             inputs, y = torch.randn(n, 3), torch.randint(5, (n,))
+            x = student(inputs)
+            base = copy.deepcopy(loss_func.loss)(x, y)
+            with torch.no_grad():
+                distillation = listwise(x, ref_emb=teacher.network(inputs))
+            loss = loss_func(x, y)
+            weight = loss_func.alpha * min(epoch / loss_func.num_epochs, 1)
             if teacher_type is EMATeacher:
                 decay = 0.0 if first else 0.999
                 expected_teacher = [
@@ -72,12 +78,6 @@ def test_loss_schedule_and_teacher_weights(data, d, teacher_type):
                     for old, new in zip(expected_teacher, weights(student), strict=True)
                 ]
             first = False
-            x = student(inputs)
-            base = copy.deepcopy(loss_func.loss)(x, y)
-            loss = loss_func(x, y)
-            weight = loss_func.alpha * min(epoch / loss_func.num_epochs, 1)
-            with torch.no_grad():
-                distillation = listwise(x, ref_emb=teacher.network(inputs))
             assert torch.allclose(loss, base + weight * distillation, rtol=1e-4, atol=1e-5)
             loss.backward()
             assert all(p.grad is None or p.grad.isfinite().all() for p in student.parameters())
