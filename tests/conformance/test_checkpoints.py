@@ -84,6 +84,7 @@ def test_hugging_face_trainer_resumes_exactly(loss_component, tmp_path):
             learning_rate=0.1,
             lr_scheduler_type="constant",
             use_cpu=True,
+            remove_unused_columns=False,
             report_to=[],
             disable_tqdm=True,
         )
