@@ -69,7 +69,7 @@ def build_miner(args: argparse.Namespace) -> Any:
 
 def drop_label_issues(sampler: MPerClassSampler, detector: LabelNoiseDetector) -> None:
     """Stop sampling images with label issues. A class without other images keeps all of them."""
-    is_clean = detector.scores.numpy() >= 1
+    is_clean = ~detector.is_issue.numpy()
     for label, indices in get_labels_to_indices(detector.labels).items():
         kept = indices[is_clean[indices]]
         sampler.labels_to_indices[label] = kept if len(kept) else indices

@@ -59,7 +59,7 @@ def measure(
     embeddings = metrics.embed(network, images, device)
     last_scores = label_vote(embeddings, detector.labels, num_neighbors=NUM_NEIGHBORS).vote_lift
     wrong = np.array(images.labels) != np.array(train_data.true_labels)
-    flagged = (detector.scores < 1).numpy()
+    flagged = detector.is_issue.numpy()
     record: Record = {
         **experiment._asdict(),
         "seed": seed,

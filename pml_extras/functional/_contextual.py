@@ -18,6 +18,7 @@ from ._kernels.sparse_contextual import (
 )
 from ._neighborhoods import (
     STEP_SLOPE,
+    NumNeighbors,
     knn_radii,
     neighborhood_overlap,
     self_nearest,
@@ -30,7 +31,7 @@ def contextual_similarity(
     distances: Tensor,
     ref_distances: Tensor | None = None,
     *,
-    num_neighbors: int = 4,
+    num_neighbors: NumNeighbors = 4,
     slack: float = 0.05,
 ) -> Tensor:
     r"""Contextual similarity: how much the neighborhoods of two samples overlap.
@@ -60,7 +61,8 @@ def contextual_similarity(
             normalized embeddings: ``2 - 2 * pairwise_cosine(x)``.
         ref_distances: (N, N) between the references.
         num_neighbors: k >= 1, including the sample itself (a query that is not a reference
-            has k others); clamped to the number of references.
+            has k others); clamped to the number of references. Within a batch also (N,) int64, one
+            k per sample.
         slack: eps >= 0, in units of ``distances``.
 
     Returns:
@@ -88,7 +90,7 @@ def contextual_similarity(
     return _similarity_within_batch(distances, num_neighbors, slack)
 
 
-def _similarity_within_batch(distances: Tensor, k: int, slack: float) -> Tensor:
+def _similarity_within_batch(distances: Tensor, k: NumNeighbors, slack: float) -> Tensor:
     """All matrices are (N, N)."""
     n = len(distances)
     distances = self_nearest(distances, torch.arange(n, device=distances.device))
@@ -102,7 +104,7 @@ def _similarity_within_batch(distances: Tensor, k: int, slack: float) -> Tensor:
 
 
 def _similarity_to_references(
-    distances: Tensor, ref_distances: Tensor, k: int, slack: float
+    distances: Tensor, ref_distances: Tensor, k: NumNeighbors, slack: float
 ) -> Tensor:
     """The same between Q queries and N references: both directions of J are computed."""
     num_refs = len(ref_distances)
@@ -146,7 +148,7 @@ def _weighted_mean(weights: Tensor, values: Tensor) -> Tensor:
 
 
 def contextual_similarity_matrix(
-    distance_rows: DistanceRows, samples: Tensor, *, num_neighbors: int
+    distance_rows: DistanceRows, samples: Tensor, *, num_neighbors: NumNeighbors
 ) -> Tensor | SparseContextualSimilarity:
     """The contextual similarity of N samples without slack, dense or sparse.
 

@@ -1,6 +1,10 @@
 """k-nearest neighborhoods: what all forms of the contextual similarity share."""
 
+from typing import TypeAlias
+
 from torch import Tensor
+
+NumNeighbors: TypeAlias = "int | Tensor"  # k of all rows, or (B,) int64, one per row
 
 # The straight-through estimator of [D <= radius] has this derivative with respect to D everywhere.
 # It is the authors' choice.
@@ -25,15 +29,25 @@ def self_nearest(distances: Tensor, self_index: Tensor) -> Tensor:
     return distances.scatter(1, self_index[:, None], nearest)
 
 
-def knn_radii(distances: Tensor, num_neighbors: int, slack: float) -> tuple[Tensor, Tensor]:
+def knn_radii(
+    distances: Tensor, num_neighbors: NumNeighbors, slack: float
+) -> tuple[Tensor, Tensor]:
     """Radii of the neighborhoods of k and of k // 2 neighbors, (B, 1) each, without gradient.
 
     A radius is the distance to the k-th nearest neighbor plus the slack. k is clamped to N, k // 2
     to 1 or more.
     """
-    k = min(num_neighbors, distances.shape[1])
-    radii = distances.detach().topk(k, dim=1, largest=False).values + slack
-    return radii[:, -1:], radii[:, max(k // 2, 1) - 1, None]
+    if isinstance(num_neighbors, int):
+        k = min(num_neighbors, distances.shape[1])
+        radii = distances.detach().topk(k, dim=1, largest=False).values + slack
+        return radii[:, -1:], radii[:, max(k // 2, 1) - 1, None]
+    row_k = num_neighbors.clamp(max=distances.shape[1])[:, None]  # (B, 1)
+    radii = distances.detach().topk(int(row_k.max()), dim=1, largest=False).values + slack
+    return radii.gather(1, row_k - 1), radii.gather(1, (row_k // 2).clamp_min(1) - 1)
+
+
+def neighbors_of_rows(num_neighbors: NumNeighbors, rows: slice) -> NumNeighbors:
+    return num_neighbors if isinstance(num_neighbors, int) else num_neighbors[rows]
 
 
 def neighborhood_overlap(

@@ -83,6 +83,7 @@ def test_measures_of_a_detector_that_misses_one_label(monkeypatch):
 
     class Oracle(labels.LabelNoiseDetector):
         def update(self, embeddings):
+            self.vote_margins[:] = -1.0
             self.scores[:] = 2.0
             self.scores[wrong] = 0.0
             self.scores[missed] = 3.0

@@ -196,7 +196,8 @@ def test_images_with_label_issues_are_dropped(tmp_path, monkeypatch):
     arguments = ["--loss", "ntxent", "--label-noise", "0.3", "--drop-label-issues"]
     run(tmp_path / "run", *arguments, epochs=1)
     detector = checkpoint.load(tmp_path / "run" / "checkpoint.pt")["detector"]
-    issues = set((detector["scores"] < 1).nonzero().flatten().tolist())
+    is_issue = (detector["scores"] < 1) & (detector["vote_margins"] < 0)
+    issues = set(is_issue.nonzero().flatten().tolist())
     assert issues & set(drawn[-1])
     run(tmp_path / "run", *arguments, "--resume", epochs=2)
     assert len(drawn) == 2
@@ -211,6 +212,7 @@ def test_a_class_with_only_label_issues_is_kept():
         (2.0, 2.0, 1.0, 0.0, 3.0): {0: [0, 1, 2], 1: [4]},
     }.items():
         detector.scores = torch.tensor(scores)
+        detector.vote_margins = detector.scores - 1
         methods.drop_label_issues(sampler, detector)
         assert {k: v.tolist() for k, v in sampler.labels_to_indices.items()} == expected
 

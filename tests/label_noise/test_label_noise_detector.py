@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import csv
+import warnings
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from pytorch_metric_learning.losses import ContrastiveLoss
@@ -63,6 +66,67 @@ def test_a_loaded_state_dict_continues_the_updates(labels):
     loaded.load_state_dict(saved.state_dict())
     loaded.update(y)
     assert same_state(state_of(loaded), state_of(expected))
+
+
+NAMES = np.array(["ant", "bee", "cat", "dog"])
+FORMS = {
+    "list": lambda names: names.tolist(),
+    "array": lambda names: names,
+    "objects": lambda names: names.astype(object),
+    "series": lambda names: pd.Series(names, index=np.arange(len(names))[::-1] * 7),
+    "categories": lambda names: pd.Series(names, dtype="category"),
+    "tuple": lambda names: tuple(names.tolist()),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_labels_may_be_strings_of_any_form(labels, form, tmp_path):
+    x = embeddings(labels)
+    noisy_labels = labels.clone()
+    noisy_labels[3] = 0
+    detector = LabelNoiseDetector(FORMS[form](NAMES[noisy_labels.numpy()])).update(x)
+    assert detector.find_label_issues().tolist() == [3]
+    assert detector.suggested_labels.tolist() == NAMES[labels.numpy()].tolist()
+    assert detector.labels[3] == "ant"
+    detector.to_csv(tmp_path / "labels.csv")
+    assert (tmp_path / "labels.csv").read_text().splitlines()[1].startswith("3,ant,")
+    resumed = LabelNoiseDetector(FORMS[form](NAMES[noisy_labels.numpy()]))
+    resumed.load_state_dict(detector.state_dict())
+    assert resumed.suggested_labels[3] == "dog"
+
+
+@pytest.mark.parametrize("form", [list, np.asarray, pd.Series, torch.tensor])
+def test_integer_labels_are_reported_as_a_tensor(labels, form):
+    given = labels * 5 - 2
+    detector = LabelNoiseDetector(form(given.tolist()))
+    detector.update(embeddings(labels))
+    assert torch.equal(detector.labels, given)
+    assert torch.equal(detector.suggested_labels, given)
+
+
+def test_a_large_number_of_neighbors_warns(labels):
+    message = "is more than the classes of 40 of 40 samples have"
+    with pytest.warns(UserWarning, match=message):
+        LabelNoiseDetector(labels, num_neighbors=11)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LabelNoiseDetector(labels, num_neighbors=10)
+        LabelNoiseDetector(labels)
+        LabelNoiseDetector([])
+
+
+def test_a_label_that_is_outvoted_in_few_updates_is_no_issue():
+    """In a dominating class, the score of a right label is about 1."""
+    labels = torch.tensor([0] * 20 + [1, 1])
+    detector = LabelNoiseDetector(labels, num_neighbors=2)
+    apart = one_hot(labels, 3).float()
+    confused = apart.clone()
+    confused[0] = confused[20]
+    for x in (apart, apart, confused, apart):
+        detector.update(x + 0.01 * torch.randn(22, 3))
+    assert detector.scores[0] < 1
+    assert detector.vote_margins[0] > 0
+    assert not detector.is_issue[0]
 
 
 def test_writes_a_csv_table(labels, tmp_path):
@@ -136,8 +200,11 @@ def test_the_hook_needs_no_next_hook_and_checks_the_labels(labels):
 @pytest.mark.parametrize(
     ("labels", "num_neighbors", "message"),
     [
-        (torch.rand(3), 40, "labels must be N integers, got torch.float32"),
-        (torch.zeros(2, 3, dtype=torch.long), 40, r"of shape \(2, 3\)"),
+        (torch.rand(3), None, "labels must be N integers or other sortable values, got float32"),
+        (torch.zeros(2, 3, dtype=torch.long), None, r"of shape \(2, 3\)"),
+        ([["a"], ["b"]], None, r"of shape \(2, 1\)"),
+        (None, None, r"of shape \(\)"),
+        (["a", None], None, "labels must be values that can be sorted"),
         (torch.arange(3), 0, "num_neighbors must be a whole number"),
     ],
 )

@@ -22,8 +22,10 @@ from torch import Tensor
 
 from .._neighborhoods import (
     STEP_SLOPE,
+    NumNeighbors,
     knn_radii,
     neighborhood_overlap,
+    neighbors_of_rows,
     self_nearest,
     squared_distances,
 )
@@ -49,7 +51,7 @@ def sparse_contextual_term(normalized: Tensor, labels: Tensor, k: int, slack: fl
 @torch.no_grad()
 def prefers_sparse(
     distance_rows: DistanceRows,
-    num_neighbors: int,
+    num_neighbors: NumNeighbors,
     slack: float,
     samples: Tensor,
     labels: Tensor | None = None,
@@ -63,7 +65,8 @@ def prefers_sparse(
     """
     n, device = len(samples), samples.device
     gpu_minimum = MIN_SAMPLES_ON_GPU if device.type == "cuda" else 0
-    min_samples = max(num_neighbors * MIN_SPARSITY, gpu_minimum)
+    largest_k = num_neighbors if isinstance(num_neighbors, int) else int(num_neighbors.max())
+    min_samples = max(largest_k * MIN_SPARSITY, gpu_minimum)
     if n < min_samples or torch.compiler.is_compiling():  # compiled code cannot branch on values
         return False
     # torch's products of CSR matrices on a CPU need MKL.
@@ -71,7 +74,7 @@ def prefers_sparse(
         return False
     rows = slice(0, n, n // 16)  # about 16 rows; n is at least MIN_SPARSITY here
     distances = self_nearest(distance_rows(rows), torch.arange(n, device=device)[rows])
-    radius, _ = knn_radii(distances, num_neighbors, slack)
+    radius, _ = knn_radii(distances, neighbors_of_rows(num_neighbors, rows), slack)
     sizes = [(distances <= radius).sum(1).double().mean()]
     if labels is not None:
         class_sizes = torch.unique(labels, return_counts=True)[1].double()
@@ -89,7 +92,9 @@ class SparseContextualSimilarity:
     S is the symmetric part of J = (R / r) W, and only the sparse factors are kept.
     """
 
-    def __init__(self, distance_rows: DistanceRows, num_neighbors: int, samples: Tensor) -> None:
+    def __init__(
+        self, distance_rows: DistanceRows, num_neighbors: NumNeighbors, samples: Tensor
+    ) -> None:
         knn_mask, in_half = _knn_matrix(distance_rows, num_neighbors, 0.0, samples)
         _, _, reciprocal, weights = _matrices(knn_mask, in_half)
         self._mean_weights, self._weights = _row_normalized(reciprocal), weights  # R / r, W
@@ -115,15 +120,17 @@ class SparseContextualSimilarity:
 
 
 def _knn_matrix(
-    distance_rows: DistanceRows, num_neighbors: int, slack: float, samples: Tensor
+    distance_rows: DistanceRows, num_neighbors: NumNeighbors, slack: float, samples: Tensor
 ) -> tuple[SparseMatrix, Tensor]:
     """M, and a mask of its entries that lie in the neighborhoods of k // 2 as well."""
     n, device = len(samples), samples.device
-    found = IndexBuffer(2 * min(num_neighbors, n) * n, device)
+    mean_k = float(torch.as_tensor(num_neighbors).clamp(max=n).double().mean())
+    found = IndexBuffer(round(2 * mean_k * n), device)
     self_index = torch.arange(n, device=device)
     for rows in row_chunks(n, n, CHUNK_NUMEL):
         distances = self_nearest(distance_rows(rows), self_index[rows])
-        radius, half_radius = knn_radii(distances, num_neighbors, slack)
+        k = neighbors_of_rows(num_neighbors, rows)
+        radius, half_radius = knn_radii(distances, k, slack)
         i, j = (distances <= radius).nonzero(as_tuple=True)
         in_half = distances[i, j] <= half_radius[i, 0]
         # Packed into one integer, so that one buffer holds row, column and in_half.
