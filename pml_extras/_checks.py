@@ -45,12 +45,17 @@ def class_batch(
     return labels.to(x.device, torch.long)
 
 
+def tensors_or_none(**values: Any) -> None:
+    for name, value in values.items():
+        if not (value is None or isinstance(value, torch.Tensor)):
+            raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
 def integer_labels(labels: torch.Tensor | None, num_samples: int | None = None) -> torch.Tensor:
     """Check that labels are a tensor of integers, (num_samples,) if given, and return them."""
     if labels is None:
         raise ValueError("labels are required")
-    if not isinstance(labels, torch.Tensor):
-        raise ValueError(f"labels must be a tensor, got {type(labels).__name__}")
+    tensors_or_none(labels=labels)
     if labels.is_floating_point() or labels.is_complex():
         raise ValueError(f"labels must be integers, got {labels.dtype}")
     if num_samples is not None and labels.shape != (num_samples,):

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _checks
+
 
 def is_training_step(module: torch.nn.Module) -> bool:
     """Whether a call of the module may change its state, or perturb what it is given.
@@ -105,6 +107,16 @@ class HyperparametersMixin:
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.hyperparameters().items())
+
+
+class TensorLabelsMixin(torch.nn.Module):
+    """Refuses labels in a list or an array, whose shape or device PML would look for in vain."""
+
+    def forward(
+        self, embeddings: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        _checks.tensors_or_none(labels=labels, ref_labels=kwargs.get("ref_labels"))
+        return super().forward(embeddings, labels, *args, **kwargs)
 
 
 def element_losses(losses: Tensor) -> dict[str, Any]:

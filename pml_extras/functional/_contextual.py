@@ -1,5 +1,6 @@
 """Contextual similarity and the three terms of the contextual loss (arXiv 2210.01908)."""
 
+from collections.abc import Collection
 from typing import Literal, NamedTuple
 
 import torch
@@ -188,6 +189,7 @@ def contextual_loss(
     pos_margin: float = 0.75,
     neg_margin: float = 0.6,
     target_similarity: float = 0.25,
+    terms: Collection[str] = ContextualLossTerms._fields,
     implementation: Literal["auto", "sparse", "reference"] = "auto",
 ) -> ContextualLossTerms:
     r"""The three terms of the contextual loss, for samples i and references j.
@@ -215,6 +217,7 @@ def contextual_loss(
         slack: eps >= 0, in units of squared distance between normalized embeddings.
         pos_margin, neg_margin: :math:`m^+` and :math:`m^-`, cosine similarities.
         target_similarity: t, a cosine similarity.
+        terms: the names of the terms to compute. The others are 0. Default: all.
         implementation: "reference" is plain autograd. "sparse" has a hand-derived gradient
             and cannot be differentiated twice. It makes no (N, N) matrix, except for
             ``pair_weights``, is fast if neighborhoods and classes are small, and does not support
@@ -240,6 +243,8 @@ def contextual_loss(
         return ContextualLossTerms(zeros, zeros, zeros.sum())
     x = normalize(embeddings)
     refs = x if ref_emb is None else normalize(ref_emb)
+    contextual = contrastive = zeros = (0 * x).sum(1)  # with a gradient, which is 0
+    similarity = zeros.sum()
     if implementation == "auto":
         is_sparse = ref_emb is None and prefers_sparse(
             squared_distance_rows(x), num_neighbors, slack, x, labels
@@ -247,18 +252,24 @@ def contextual_loss(
         implementation = "sparse" if is_sparse else "reference"
     if implementation not in ("sparse", "reference"):
         raise ValueError(f"unknown implementation {implementation!r}")
-    if implementation == "sparse" and ref_emb is not None:
+    is_sparse = implementation == "sparse"
+    if is_sparse and ref_emb is not None:
         raise ValueError('implementation="sparse" does not support ref_emb')
 
     # L_similarity: the mean of all dot products is the dot product of the means.
-    similarity = (x.mean(0) @ refs.mean(0) - target_similarity).square()
+    if "similarity" in terms:
+        similarity = (x.mean(0) @ refs.mean(0) - target_similarity).square()
 
-    # L_context, and L_contrast if it needs no matrix
-    if implementation == "sparse":
+    # L_context and L_contrast without a matrix
+    if is_sparse and "contextual" in terms:
         contextual = sparse_contextual_term(x, labels, num_neighbors, slack)
-        if pair_weights is None:
-            contrastive = chunked_contrastive_term(x, labels, pos_margin, neg_margin)
-            return ContextualLossTerms(contextual, contrastive, similarity)
+    if is_sparse and "contrastive" in terms and pair_weights is None:
+        contrastive = chunked_contrastive_term(x, labels, pos_margin, neg_margin)
+    needs_context = "contextual" in terms and not is_sparse
+    needs_contrast = "contrastive" in terms and not (is_sparse and pair_weights is None)
+    if not (needs_context or needs_contrast):
+        return ContextualLossTerms(contextual, contrastive, similarity)
+
     cosines = pairwise_dot(x, refs)  # s, (N, R)
     if ref_emb is None or ref_labels is None:
         ref_labels, ref_distances = labels, None
@@ -267,7 +278,9 @@ def contextual_loss(
         ref_distances = squared_distances(pairwise_dot(refs, refs))
         is_self = self_match_mask(embeddings, ref_emb)
     same_class = labels[:, None] == ref_labels  # y, (N, R)
-    if implementation == "reference":
+
+    # L_context
+    if needs_context:
         distances = squared_distances(cosines)
         context = contextual_similarity(
             distances, ref_distances, num_neighbors=num_neighbors, slack=slack
@@ -276,13 +289,15 @@ def contextual_loss(
         contextual = errors.square().sum(1) / len(refs)
 
     # L_contrast
-    if pair_weights is None:
-        # As in PML, a copy of the sample among the references counts as a positive.
-        positives = same_class & ~is_self if ref_emb is None else same_class
-        pair_weights = positives, ~same_class
-    pos_term = _mean_over_active(relu(pos_margin - cosines), pair_weights[0])
-    neg_term = _mean_over_active(relu(cosines - neg_margin), pair_weights[1])
-    return ContextualLossTerms(contextual, pos_term + neg_term, similarity)
+    if needs_contrast:
+        if pair_weights is None:
+            # As in PML, a copy of the sample among the references counts as a positive.
+            positives = same_class & ~is_self if ref_emb is None else same_class
+            pair_weights = positives, ~same_class
+        pos_term = _mean_over_active(relu(pos_margin - cosines), pair_weights[0])
+        neg_term = _mean_over_active(relu(cosines - neg_margin), pair_weights[1])
+        contrastive = pos_term + neg_term
+    return ContextualLossTerms(contextual, contrastive, similarity)
 
 
 def _mean_over_active(excess: Tensor, weights: Tensor) -> Tensor:

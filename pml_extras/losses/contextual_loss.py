@@ -11,12 +11,12 @@ from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
 from .. import _checks
-from .._component import HyperparametersMixin, element_losses
+from .._component import HyperparametersMixin, TensorLabelsMixin, element_losses
 from ..functional import contextual_loss, contextual_similarity, pairwise_cosine
 from ..functional._neighborhoods import knn_radii, squared_distances
 
 
-class ContextualLoss(HyperparametersMixin, BaseMetricLossFunction):
+class ContextualLoss(HyperparametersMixin, TensorLabelsMixin, BaseMetricLossFunction):
     r"""Trains samples of a class to share neighbors, and pulls them together.
 
     .. math:: L = \lambda L_\mathrm{context} + \beta L_\mathrm{contrast}
@@ -132,6 +132,11 @@ class ContextualLoss(HyperparametersMixin, BaseMetricLossFunction):
             return self.zero_losses()
         self._check_batch(ref_labels)
         within_batch = ref_emb is embeddings and ref_labels is labels
+        weights = {
+            "contextual": self.contextual_weight,
+            "contrastive": self.contrastive_weight,
+            "similarity": self.similarity_weight,
+        }
         terms = contextual_loss(
             embeddings,
             labels,
@@ -143,6 +148,7 @@ class ContextualLoss(HyperparametersMixin, BaseMetricLossFunction):
             pos_margin=self.pos_margin,
             neg_margin=self.neg_margin,
             target_similarity=self.target_similarity,
+            terms=[name for name, weight in weights.items() if weight != 0],
         )
         if self.collect_stats:
             self._set_stats(embeddings, labels, None if within_batch else ref_emb, ref_labels)

@@ -8,11 +8,11 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from torch import Tensor
 
 from .. import _checks
-from .._component import HyperparametersMixin, element_losses
+from .._component import HyperparametersMixin, TensorLabelsMixin, element_losses
 from ..functional import listwise_kl
 
 
-class ListwiseDistillationLoss(HyperparametersMixin, BaseMetricLossFunction):
+class ListwiseDistillationLoss(HyperparametersMixin, TensorLabelsMixin, BaseMetricLossFunction):
     r"""Trains the similarity distribution of each sample to match a teacher's.
 
     .. math:: \ell_i = \tau^2\,\mathrm{KL}\big(\mathrm{softmax}(g_i \cdot g_j / \tau)\;\|\;

@@ -7,11 +7,11 @@ from pytorch_metric_learning.miners import BaseMiner
 from torch import Tensor
 
 from .. import _checks
-from .._component import HyperparametersMixin
+from .._component import HyperparametersMixin, TensorLabelsMixin
 from ..functional import contextual_pairs
 
 
-class ContextualSimilarityMiner(HyperparametersMixin, BaseMiner):
+class ContextualSimilarityMiner(HyperparametersMixin, TensorLabelsMixin, BaseMiner):
     """Mines pairs that are hard by context, and drops pairs that are probably mislabeled.
 
     Contextual similarity S measures the overlap of two samples' neighborhoods. A positive pair is

@@ -11,6 +11,8 @@ import torch
 from record_keeper import RecordKeeper, RecordWriter
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.state import same_state, state_of
+
 TOLERANCE = {
     torch.float64: 1e-5,  # the rounding of the float32 run that it is compared with
     torch.float32: 0,
@@ -83,6 +85,16 @@ def test_inputs_are_not_changed(any_component, x, labels):
 def test_labels_may_have_any_integer_type(component, x, labels, dtype):
     expected = component.call(component.make(), x, labels)
     assert_same(component.call(component.make(), x, labels.to(dtype)), expected)
+
+
+@pytest.mark.parametrize("form", [torch.Tensor.tolist, torch.Tensor.numpy], ids=["list", "array"])
+@pytest.mark.components_with(observes_network=False)
+def test_labels_that_are_no_tensor_are_refused(component, x, labels, form):
+    instance = component.make()
+    before = state_of(instance)
+    with pytest.raises(ValueError, match=r"labels must be a tensor, got (list|ndarray)"):
+        component.call(instance, x, form(labels))
+    assert same_state(state_of(instance), before)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

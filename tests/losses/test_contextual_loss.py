@@ -196,3 +196,35 @@ def test_sparse_matrices_do_not_change_the_loss(monkeypatch):
         results.append((loss, *torch.autograd.grad(loss, x)))
     for actual, expected in zip(*results, strict=True):
         assert torch.allclose(actual, expected, rtol=1e-4, atol=1e-7)
+
+
+COMPUTED_BY = {
+    "contextual": ("contextual_similarity", "sparse_contextual_term"),
+    "contrastive": ("_mean_over_active", "chunked_contrastive_term"),
+}
+
+
+@pytest.mark.parametrize("is_sparse", [False, True])
+@pytest.mark.parametrize("name", ["contextual", "contrastive", "similarity"])
+@pytest.mark.parametrize("with_tuple", [False, True])
+def test_a_term_of_weight_0_is_not_computed(batch, name, is_sparse, with_tuple, monkeypatch):
+    x, labels = batch
+    x.requires_grad_()
+    pairs = MultiSimilarityMiner()(x, labels) if with_tuple else None
+    monkeypatch.setattr(_contextual, "prefers_sparse", lambda *args: is_sparse)
+    options = {"reducer": DoNothingReducer()}
+    every = ContextualLoss(**options)(x, labels, pairs)
+
+    def fail(*args, **kwargs):
+        raise AssertionError("it was computed")
+
+    for function in COMPUTED_BY.get(name, ()):
+        monkeypatch.setattr(_contextual, function, fail)
+    terms = ContextualLoss(**{f"{name}_weight": 0}, **options)(x, labels, pairs)
+    for key, value in every.items():
+        losses = terms[key]["losses"]
+        if key.startswith(name):
+            assert torch.equal(losses, torch.zeros(32))
+            assert torch.equal(torch.autograd.grad(losses.sum(), x)[0], torch.zeros_like(x))
+        else:
+            assert torch.equal(losses, value["losses"])
