@@ -39,10 +39,10 @@ EXCLUDED = {"losses.wrappers"}
 EDITS = [
     (f"src/{PML}/losses/cross_batch_memory.py", '"ContextualLoss",', '"ContrastiveLoss",'),
     (f"src/{PML}/losses/self_supervised_loss.py", '"ContextualLoss",', '"ContrastiveLoss",'),
-    (
-        "tests/losses/test_self_supervised_loss.py",  # it tests all supported losses
-        "losses.ContextualLoss(),",
-        "losses.ContrastiveLoss(),",
+    # These tests run all supported losses.
+    *(
+        (f"tests/losses/{name}.py", "losses.ContextualLoss(),", "losses.ContrastiveLoss(),")
+        for name in ("test_cross_batch_memory", "test_self_supervised_loss")
     ),
     (
         "docs/losses.md",
