@@ -4,7 +4,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-NumNeighbors: TypeAlias = "int | Tensor"  # k of all rows, or (B,) int64, one per row
+NumNeighbors: TypeAlias = int | Tensor  # k of all rows, or (B,) int64, one per row
 
 # The straight-through estimator of [D <= radius] has this derivative with respect to D everywhere.
 # It is the authors' choice.

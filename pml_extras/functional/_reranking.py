@@ -5,7 +5,8 @@ references, where a mask would include all ties.
 """
 
 import importlib.util
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from ._kernels.precision import full_precision
 from ._neighborhoods import neighborhood_overlap
 
 CHUNK_NUMEL = 1 << 22  # numbers held per chunk of queries, in addition to the results
+
+
+Exclude: TypeAlias = Tensor | Callable[[slice], Tensor]
 
 
 class ReferenceIndex(NamedTuple):
@@ -90,11 +94,12 @@ def build_reference_index(
     neighbors = candidates[:, :k]
 
     neighbor_weights = torch.empty_like(candidate_similarity[:, :k])
-    size = normalized.new_full((), k)
+    size, ones = normalized.new_full((), k), torch.ones_like(neighbor_weights)
     for rows in row_chunks(num_references, num_references + k * k, CHUNK_NUMEL):
-        num_shared = _count_shared_neighbors(
-            neighbors[rows], neighbors[neighbors[rows]], num_references, size.dtype
-        )
+        # (B, k): how many of a reference's neighbors are among the neighbors of each of these
+        num_shared = _scatter_gather(
+            neighbors[rows], ones[rows], neighbors[neighbors[rows]], num_references
+        ).sum(2)
         neighbor_weights[rows] = neighborhood_overlap(num_shared, size, size, num_references)
     half_neighbors = neighbors[:, :half]
     is_reciprocal_half = (neighbors[half_neighbors, :half] == self_index[:, :, None]).any(2)
@@ -112,6 +117,7 @@ def contextual_rerank(
     num_candidates: int = 100,
     distance_weight: float = 0.3,
     query_indices: Tensor | None = None,
+    exclude: Exclude | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Each query's nearest references, by a mix of contextual similarity and cosine distance.
 
@@ -129,10 +135,13 @@ def contextual_rerank(
         distance_weight: w in [0, 1]. With 1, only the cosine distance counts.
         query_indices: (Q,) int64, the indices of the queries among the references, if they are
             references.
+        exclude: (Q, R) bool, the references that are neither neighbors nor results of a query; or a
+            function from a slice of the queries to their rows. A query never excludes itself.
 
     Returns:
         (Q, k) distances in [0, 1], ascending, and (Q, k) int64 indices of references. A query that
-        is a reference is among its own results, usually first.
+        is a reference is among its own results, usually first. If fewer than k references are left,
+        the last distances are inf and their indices -1.
 
     Source: ours, as an alternative to k-reciprocal re-ranking (Zhong et al. 2017, arXiv
     1701.08398).
@@ -149,7 +158,10 @@ def contextual_rerank(
     k = min(k, num_references)
     normalized = normalize(query.detach()).to(index.embeddings.dtype)
     c = min(max(k, num_candidates, num_neighbors), num_references)
-    if query_indices is not None and index.candidates.shape[1] >= c:
+    if exclude is not None:
+        found = _search_allowed(normalized, index.embeddings, c, exclude, query_indices)
+        similarity, candidates = found
+    elif query_indices is not None and index.candidates.shape[1] >= c:
         similarity = index.candidate_similarity[query_indices, :c]
         candidates = index.candidates[query_indices, :c]
     else:
@@ -164,7 +176,8 @@ def contextual_rerank(
     for rows in row_chunks(len(query), num_references + c * num_neighbors, CHUNK_NUMEL):
         candidate, cosine = candidates[rows], similarity[rows]  # (B, c)
         ref_neighbors = index.neighbors[candidate]  # (B, c, k)
-        if query_indices is None:
+        is_allowed = (cosine > -torch.inf).to(cosine.dtype)  # 0 pads the rows of few candidates
+        if query_indices is None or exclude is not None:
             query_neighbors = candidate[:, :num_neighbors]
             is_reciprocal_half = cosine[:, :half] >= half_threshold[candidate[:, :half]]
             in_ref_knn = cosine >= threshold[candidate]
@@ -184,9 +197,9 @@ def contextual_rerank(
             index.neighbors[expansion], expanded_weights, candidate, num_references
         )
         # J_rq: the same from each candidate to the query
-        num_shared = _count_shared_neighbors(
-            query_neighbors, ref_neighbors, num_references, cosine.dtype
-        )
+        num_shared = _scatter_gather(
+            query_neighbors, is_allowed[:, :num_neighbors], ref_neighbors, num_references
+        ).sum(2)
         query_weights = neighborhood_overlap(num_shared, size, size, num_references) * in_ref_knn
         ref_reciprocal = index.is_reciprocal_half[candidate].to(cosine.dtype)  # (B, c, h)
         ref_weights = _scatter_gather(
@@ -196,9 +209,38 @@ def contextual_rerank(
         ref_to_query /= ref_reciprocal.sum(2).clamp_min(1)
 
         context = (query_to_ref + ref_to_query) / 2
-        distances[rows] = (1 - distance_weight) * (1 - context) + distance_weight * (1 - cosine) / 2
+        mixed = (1 - distance_weight) * (1 - context) + distance_weight * (1 - cosine) / 2
+        distances[rows] = mixed.masked_fill(is_allowed == 0, torch.inf)
     distances, order = distances.sort(dim=1, stable=True)
-    return distances[:, :k], candidates.gather(1, order)[:, :k]
+    indices = candidates.gather(1, order).masked_fill(distances == torch.inf, -1)
+    return distances[:, :k], indices[:, :k]
+
+
+def _search_allowed(
+    query: Tensor,
+    references: Tensor,
+    k: int,
+    exclude: Exclude,
+    query_indices: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`knn_search`, without the excluded references, whose similarity is -inf."""
+    found = []
+    for rows in row_chunks(len(query), len(references), CHUNK_NUMEL):
+        excluded = exclude[rows] if isinstance(exclude, Tensor) else exclude(rows)
+        if excluded.shape != (len(query[rows]), len(references)):
+            raise ValueError(
+                f"exclude must have shape ({len(query[rows])}, {len(references)}), got"
+                f" {tuple(excluded.shape)}"
+            )
+        similarity = query[rows] @ references.T
+        if query_indices is not None:
+            self_index = query_indices[rows, None]
+            similarity.scatter_(1, self_index, 2)  # above any cosine
+            excluded = excluded.scatter(1, self_index, False)
+        similarity.masked_fill_(excluded, -torch.inf)
+        found.append(similarity.topk(k, dim=1))
+    similarity = torch.cat([f.values for f in found]).clamp_max(1)
+    return similarity, torch.cat([f.indices for f in found])
 
 
 def _self_first(self_index: Tensor, similarity: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,14 +255,6 @@ def _self_first(self_index: Tensor, similarity: Tensor, indices: Tensor) -> tupl
     indices[:, :1] = self_index
     similarity[:, 0] = similarity.amax(1)
     return similarity, indices
-
-
-def _count_shared_neighbors(
-    neighbors: Tensor, other_neighbors: Tensor, num_references: int, dtype: torch.dtype
-) -> Tensor:
-    """(B, L): how many of row b's neighbors, (B, k), are among the k neighbors of l, (B, L, k)."""
-    ones = torch.ones(neighbors.shape, dtype=dtype, device=neighbors.device)
-    return _scatter_gather(neighbors, ones, other_neighbors, num_references).sum(2)
 
 
 def _scatter_gather(index: Tensor, values: Tensor, wanted: Tensor, num_references: int) -> Tensor:

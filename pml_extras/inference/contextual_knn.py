@@ -1,7 +1,9 @@
 """Re-ranking at test time, as a replacement for PML's FaissKNN."""
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from pytorch_metric_learning.utils.inference import return_results
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from .. import _checks
 from .._component import HyperparametersMixin
 from ..functional import ReferenceIndex, build_reference_index, contextual_rerank
+from ..functional._reranking import Exclude
 
 
 class ContextualKNN(HyperparametersMixin):
@@ -67,8 +70,10 @@ class ContextualKNN(HyperparametersMixin):
         k: int,
         reference: Tensor | None = None,
         ref_includes_query: bool = False,
+        *,
+        exclude: Exclude | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Each query's k nearest references.
+        """Each query's k nearest references. Embeddings may also be NumPy arrays.
 
         Args:
             query: (Q, D).
@@ -76,10 +81,17 @@ class ContextualKNN(HyperparametersMixin):
             reference: (R, D). Default: the references of :meth:`train`.
             ref_includes_query: whether the first Q references are the queries. Then a query is not
                 among its own neighbors.
+            exclude: (Q, R) bool, the references that are neither neighbors nor results of a query;
+                or a function from a slice of the queries to their rows. In re-identification, the
+                images of the same person by the same camera:
+                ``(ids[:, None] == ref_ids) & (cameras[:, None] == ref_cameras)``.
 
         Returns:
-            (Q, k) distances in [0, 1], ascending, and (Q, k) int64 indices of references.
+            (Q, k) distances in [0, 1], ascending, and (Q, k) int64 indices of references. If fewer
+            than k references are left, the last distances are inf and their indices -1.
         """
+        query = _as_tensor(query)
+        reference = None if reference is None else _as_tensor(reference)
         k += ref_includes_query
         if reference is not None:
             _check_references(reference, "reference")
@@ -101,16 +113,19 @@ class ContextualKNN(HyperparametersMixin):
             num_candidates=self.num_candidates,
             distance_weight=self.distance_weight,
             query_indices=query_index if ref_includes_query else None,
+            exclude=exclude,
         )
         return return_results(distances, indices, ref_includes_query)
 
     def train(self, embeddings: Tensor) -> None:
         """Replace the references by these, (R, D)."""
+        embeddings = _as_tensor(embeddings)
         _check_references(embeddings, "embeddings")
         self.index = build_reference_index(embeddings, num_neighbors=self.num_neighbors)
 
     def add(self, embeddings: Tensor) -> None:
         """Add these references, (R, D)."""
+        embeddings = _as_tensor(embeddings)
         known = [] if self.index is None else [self.index.embeddings.to(embeddings.device)]
         self.train(torch.cat([*known, embeddings]))
 
@@ -118,11 +133,16 @@ class ContextualKNN(HyperparametersMixin):
         """Save the references and their index to a file."""
         if self.index is None:
             raise ValueError("there are no references to save")
-        torch.save(self.index._asdict(), filename)
+        torch.save({"num_neighbors": self.num_neighbors, **self.index._asdict()}, filename)
 
     def load(self, filename: str | Path) -> None:
-        """Load what :meth:`save` saved, from any device. It moves to the device of the queries."""
-        self.index = ReferenceIndex(**torch.load(filename, map_location="cpu", weights_only=True))
+        """Load what :meth:`save` saved: the references, their index, and its ``num_neighbors``.
+
+        It moves to the device of the queries.
+        """
+        saved = torch.load(filename, map_location="cpu", weights_only=True)
+        self.num_neighbors = saved.pop("num_neighbors")
+        self.index = ReferenceIndex(**saved)
 
     def reset(self) -> None:
         """Remove the references."""
@@ -130,6 +150,10 @@ class ContextualKNN(HyperparametersMixin):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
+
+
+def _as_tensor(embeddings: Any) -> Tensor:
+    return torch.from_numpy(embeddings) if isinstance(embeddings, np.ndarray) else embeddings
 
 
 def _check_references(references: Tensor, name: str) -> None:

@@ -143,3 +143,78 @@ def test_float64_is_computed_in_float64():
     distances, indices = contextual_rerank(references, index, 40, query_indices=torch.arange(40))
     expected = brute_force(references, references, 5, 0.3, queries_are_references=True)
     assert torch.allclose(distances, expected.gather(1, indices), atol=1e-14)
+
+
+def reid_set(num_people=6, cameras=3, per_camera=4):
+    people = torch.arange(num_people).repeat_interleave(cameras * per_camera)
+    camera = torch.arange(cameras).repeat_interleave(per_camera).repeat(num_people)
+    x = torch.randn(num_people, 10)[people] + 0.8 * torch.randn(cameras, 10)[camera]
+    return x + 0.3 * torch.randn(len(people), 10), people, camera
+
+
+@pytest.mark.parametrize("as_function", [False, True])
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("k", [1, 6, 15])
+def test_excluded_references_are_neither_neighbors_nor_results(as_function, weight, k, monkeypatch):
+    references, ref_ids, ref_cameras = reid_set()
+    ids, cameras = torch.arange(20) % 6, torch.arange(20) % 3
+    query = references[ids * 12 + cameras * 4] + 0.1 * torch.randn(20, 10)
+    mask = (ids[:, None] == ref_ids) & (cameras[:, None] == ref_cameras)
+    monkeypatch.setattr(_reranking, "CHUNK_NUMEL", 500)
+    distances, indices = contextual_rerank(
+        query,
+        build_reference_index(references, num_neighbors=k),
+        100,
+        num_candidates=100,
+        distance_weight=weight,
+        exclude=(lambda rows: mask[rows]) if as_function else mask,
+    )
+    # An excluded reference is farther away from the query than all others.
+    cosine = pairwise_cosine(query, references)
+    far = (1 - cosine).masked_fill(mask, 1e6)
+    context = contextual_similarity(
+        far, 1 - pairwise_cosine(references), num_neighbors=k, slack=0.0
+    )
+    expected = (1 - weight) * (1 - context) + weight * (1 - cosine) / 2
+    expected = expected.masked_fill(mask, torch.inf)
+    assert torch.allclose(distances, expected.sort(1).values, atol=1e-6)
+    is_result = indices >= 0
+    assert torch.equal(is_result.sum(1), (~mask).sum(1))
+    assert not mask.gather(1, indices.clamp_min(0))[is_result].any()
+    assert torch.equal(is_result, distances < torch.inf)
+
+
+def test_excluding_nothing_changes_nothing():
+    references, query = mixture(40), mixture(9)
+    index = build_reference_index(references, num_neighbors=8)
+    expected = contextual_rerank(query, index, 10)
+    actual = contextual_rerank(query, index, 10, exclude=torch.zeros(9, 40, dtype=torch.bool))
+    assert torch.allclose(actual[0], expected[0], atol=1e-6)
+    assert torch.equal(actual[1], expected[1])
+
+
+def test_a_query_never_excludes_itself():
+    x, ids, cameras = reid_set()
+    mask = (ids[:, None] == ids) & (cameras[:, None] == cameras)
+    index = build_reference_index(x, num_neighbors=6)
+    rows = torch.arange(len(x))
+    indices = contextual_rerank(x, index, 100, query_indices=rows, exclude=mask)[1]
+    assert (indices == rows[:, None]).any(1).all()
+    is_other = (indices >= 0) & (indices != rows[:, None])
+    assert not mask.gather(1, indices.clamp_min(0))[is_other].any()
+    assert torch.equal(is_other.sum(1), (~mask).sum(1))
+
+
+def test_few_references_may_be_left():
+    references, query = mixture(12), mixture(3)
+    mask = torch.ones(3, 12, dtype=torch.bool)
+    mask[1, 4], mask[2, :3] = False, False
+    index = build_reference_index(references, num_neighbors=5)
+    distances, indices = contextual_rerank(query, index, 6, exclude=mask)
+    assert indices[0].tolist() == [-1] * 6
+    assert indices[1].tolist() == [4] + [-1] * 5
+    assert sorted(indices[2].tolist()) == [-1, -1, -1, 0, 1, 2]
+    assert torch.equal(distances == torch.inf, indices == -1)
+    assert not distances.isnan().any()
+    with pytest.raises(ValueError, match=r"exclude must have shape \(3, 12\), got \(3, 11\)"):
+        contextual_rerank(query, index, 6, exclude=mask[:, 1:])

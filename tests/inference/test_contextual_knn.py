@@ -92,6 +92,47 @@ def test_works_in_a_tester_and_an_inference_model(tmp_path):
     assert torch.equal(model.get_nearest_neighbors(x[:5], 7)[1], expected[1])
 
 
+def test_a_loaded_index_answers_with_its_own_number_of_neighbors(tmp_path):
+    x = torch.randn(60, 8)
+    saved = ContextualKNN(num_neighbors=5)
+    saved.train(x)
+    saved.save(tmp_path / "references.pt")
+    loaded = ContextualKNN(num_neighbors=20)
+    loaded.load(tmp_path / "references.pt")
+    assert "num_neighbors=5," in repr(loaded)
+    assert torch.equal(loaded(x[:9], 7)[1], saved(x[:9], 7)[1])
+    more = torch.randn(30, 8)
+    loaded.add(more)
+    query = torch.randn(9, 8)
+    expected = ContextualKNN(num_neighbors=5)(query, 7, torch.cat([x, more]))
+    assert torch.allclose(loaded(query, 7)[0], expected[0], atol=1e-5)
+
+
+def test_accepts_numpy_arrays():
+    x, query = torch.randn(60, 8), torch.randn(9, 8)
+    expected = ContextualKNN()(query, 7, x)[1]
+    assert torch.equal(ContextualKNN()(query.numpy(), 7, x.numpy())[1], expected)
+    knn = ContextualKNN()
+    knn.train(x[:40].numpy())
+    knn.add(x[40:].numpy())
+    assert torch.equal(knn(query, 7)[1], expected)
+    labels = torch.arange(60) % 6
+    arrays = get_accuracy(ContextualKNN(), x.numpy(), labels.numpy())
+    assert arrays == get_accuracy(ContextualKNN(), x, labels)
+
+
+def test_excludes_references_of_a_query():
+    x, labels = mixture(num_classes=6, per_class=8)
+    camera = torch.arange(len(x)) % 2
+    exclude = (labels[:, None] == labels) & (camera[:, None] == camera)
+    distances, indices = ContextualKNN(num_neighbors=8)(x, 5, x, True, exclude=exclude)
+    assert distances.isfinite().all()
+    assert not exclude.gather(1, indices).any()
+    knn = ContextualKNN(num_neighbors=8)
+    knn.train(x)
+    assert not exclude[:9].gather(1, knn(x[:9], 5, exclude=exclude[:9])[1]).any()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_references_move_to_the_device_of_the_queries(tmp_path):
     x = torch.randn(50, 8)
