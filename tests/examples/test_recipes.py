@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from pml_extras.losses import CenterContrastiveLoss, ContextualLoss, ListwiseDistillationLoss
+
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 
 
@@ -44,6 +46,48 @@ def test_plain_loop(recipe):
 def test_mixed_precision(recipe, capsys):
     assert recipe("mixed_precision").main(steps=40) > 0.6
     assert "torch.float32" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:num_neighbors")
+def test_gradient_cache(recipe):
+    module = recipe("gradient_cache")
+    difference, _ = module.main(batch_size=320, chunk_size=64, steps=1)
+    assert difference < 1e-5
+
+
+def test_gradient_cache_with_dropout_and_all_losses(recipe):
+    """The gradient of each loss on 4,096 images in chunks of 64 is that of the whole batch."""
+    module = recipe("gradient_cache")
+    images, labels = torch.randn(4096, 6), torch.arange(4096) % 512
+    model = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 8))
+    centers = CenterContrastiveLoss(512, 8)
+    teacher = torch.randn(4096, 8)
+    distillation = ListwiseDistillationLoss()
+    losses = {
+        "contextual": ContextualLoss(num_neighbors=8),
+        "center contrastive": centers,
+        "ema centers": CenterContrastiveLoss(512, 8, center_update="ema", momentum=0.0),
+        "listwise": lambda x, y: distillation(x, ref_emb=teacher),
+    }
+    for name, loss_func in losses.items():
+        difference = module.largest_difference(
+            model.double(), loss_func, images.double(), labels, 64
+        )
+        assert difference < 1e-5, name
+    # Dropout draws the same numbers in both passes.
+    dropout = torch.nn.Sequential(model.float(), torch.nn.Dropout(0.5))
+    torch.manual_seed(0)
+    expected = [p.grad.clone() for p in run_backward(dropout, centers, images, labels)]
+    torch.manual_seed(0)
+    dropout.zero_grad()
+    module.cached_backward(dropout, centers, images, labels, 4096)
+    for actual, e in zip(dropout.parameters(), expected, strict=True):
+        assert torch.allclose(actual.grad, e, atol=1e-5 * float(e.abs().max()))
+
+
+def run_backward(model, loss_func, images, labels):
+    loss_func(model(images), labels).backward()
+    return list(model.parameters())
 
 
 def test_rerank_files(recipe, tmp_path):
