@@ -134,6 +134,46 @@ class CenterContrastiveLoss(BaseCenterContrastiveLoss):
             normalize=True,
         )
 
+    @torch.no_grad()
+    def add_classes(self, number: int, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Add classes after the existing ones, which keep their centers and counts.
+
+        New centers are drawn by ``weight_init_func``. New EMA centers are set by the first batch of
+        their class.
+
+        Args:
+            number: how many, >= 1.
+            optimizer: the optimizer of the centers, if they have one. Its state of the existing
+                centers stays, and that of the new ones is 0. Without this argument, an optimizer
+                that has a state fails in its next step.
+
+        Raises:
+            ValueError: for a state of the optimizer that is not one number per number of the
+                centers. Nothing changes then.
+        """
+        _checks.count("number", number)
+        if self.uses_ema:
+            self.class_counts = _with_zero_rows(self.class_counts, number)
+            self.centers = _with_zero_rows(self.centers, number)
+        else:
+            state = optimizer.state.get(self.centers, {}) if optimizer is not None else {}
+            extended = {}
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.ndim > 0:
+                    if value.shape != self.centers.shape:
+                        raise ValueError(
+                            f"the optimizer's state {name} has shape {tuple(value.shape)}, and not"
+                            f" that of the centers, {tuple(self.centers.shape)}"
+                        )
+                    extended[name] = _with_zero_rows(value, number)
+            state.update(extended)
+            new_centers = self.centers.new_empty(number, self.embedding_size)
+            self.weight_init_func(new_centers)
+            # The same Parameter, which optimizers refer to.
+            self.centers.data = torch.cat([self.centers.data, new_centers])
+            self.centers.grad = None
+        self.num_classes += number
+
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """(N, C) logits without margin: the scaled cosine similarities; -inf for unseen classes."""
         logits = self.scale * pairwise_cosine(embeddings, self.centers)
@@ -145,3 +185,7 @@ class CenterContrastiveLoss(BaseCenterContrastiveLoss):
         target = cosines.gather(1, labels[:, None]).squeeze(1)
         self.avg_center_similarity = target.clamp_min(-1).mean().item()
         self.center_accuracy = (cosines.argmax(1) == labels).float().mean().item()
+
+
+def _with_zero_rows(tensor: Tensor, number: int) -> Tensor:
+    return torch.cat([tensor, tensor.new_zeros(number, *tensor.shape[1:])])

@@ -357,3 +357,79 @@ def test_ema_losses_of_two_batches_support_one_backward():
     x.grad = None
     (loss_func(x, labels) + loss_func(y, labels)).backward()
     assert torch.allclose(x.grad, expected)
+
+
+class TestAddClasses:
+    @pytest.mark.parametrize(
+        "make_optimizer",
+        [
+            lambda p: torch.optim.Adam(p, lr=0.1, amsgrad=True),
+            lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+            lambda p: torch.optim.SGD(p, lr=0.1),
+        ],
+        ids=["Adam", "SGD with momentum", "SGD"],
+    )
+    def test_old_centers_go_on_with_their_optimizer_state(self, batch, make_optimizer):
+        def train(loss_func, optimizer, steps):
+            for _ in range(steps):
+                optimizer.zero_grad()
+                loss_func(*batch).backward()
+                optimizer.step()
+
+        # Expected: a loss with all classes from the start, and gradients for the old ones only.
+        expected, grown = CenterContrastiveLoss(C + 2, D), CenterContrastiveLoss(C, D)
+        with torch.no_grad():
+            expected.centers[:C] = grown.centers
+        optimizers = [make_optimizer(f.parameters()) for f in (expected, grown)]
+        for f, o in zip((expected, grown), optimizers, strict=True):
+            f.centers.grad = torch.ones_like(f.centers)
+            f.centers.grad[C:] = 0
+            o.step()
+        centers = grown.centers
+        grown.add_classes(2, optimizers[1])
+        assert grown.centers is centers
+        assert grown.centers.shape == (C + 2, D)
+        with torch.no_grad():
+            grown.centers[C:] = expected.centers[C:]
+        for f, o in zip((expected, grown), optimizers, strict=True):
+            train(f, o, 3)
+        assert torch.allclose(grown.centers, expected.centers, atol=1e-6)
+
+    def test_new_classes_are_trained(self, batch):
+        x, labels = batch
+        loss_func = CenterContrastiveLoss(C, D)
+        with pytest.raises(ValueError, match=rf"\[0, {C}\)"):
+            loss_func(x, labels + 1)
+        old = loss_func.centers.detach().clone()
+        loss_func.add_classes(1)
+        assert torch.equal(loss_func.centers[:C], old)
+        assert loss_func.centers[C].norm() > 0
+        loss_func(x, labels + 1).backward()
+        assert loss_func.centers.grad[C].norm() > 0
+        assert loss_func.get_logits(x).shape == (N, C + 1)
+        assert "num_classes=8" in repr(loss_func)
+
+    def test_ema_centers_and_counts_stay(self, batch):
+        x, labels = batch
+        loss_func = CenterContrastiveLoss(C, D, center_update="ema")
+        loss_func(x, labels)
+        old = state_of(loss_func)
+        loss_func.add_classes(3)
+        assert torch.equal(loss_func.centers[:C], old["centers"])
+        assert torch.equal(loss_func.class_counts[:C], old["class_counts"])
+        assert loss_func.class_counts[C:].sum() == 0
+        loss_func(x[:1], torch.tensor([C + 2]))
+        assert torch.allclose(loss_func.centers[C + 2], normalize(x[0], dim=0))
+        assert set(loss_func.state_dict()) == {"centers", "class_counts"}
+
+    def test_an_unknown_optimizer_state_is_refused_and_nothing_changes(self, batch):
+        loss_func = CenterContrastiveLoss(C, D)
+        optimizer = torch.optim.SGD(loss_func.parameters(), 0.1)
+        optimizer.state[loss_func.centers] = {"row": torch.zeros(C), "step": torch.tensor(1)}
+        before = state_of(loss_func)
+        with pytest.raises(ValueError, match=r"state row has shape \(7,\)"):
+            loss_func.add_classes(1, optimizer)
+        with pytest.raises(ValueError, match="number must be a whole number"):
+            loss_func.add_classes(0)
+        assert same_state(state_of(loss_func), before)
+        assert loss_func.num_classes == C
