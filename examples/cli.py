@@ -169,10 +169,19 @@ def check_out(args: argparse.Namespace) -> None:
     holds_run = (out / "checkpoint.pt").is_file()
     if args.resume and not holds_run:
         raise UserError(f"--resume: there is no run in {out}")
-    if holds_run and not (args.resume or args.overwrite):
+    # A run that stopped before the end of its first epoch has nothing to lose.
+    if holds_run and not (args.resume or args.overwrite) and has_epochs(out / "checkpoint.pt"):
         raise UserError(f"{out} already holds a run: use --resume, --overwrite or another --out")
-    if not holds_run and out.is_dir() and any(out.iterdir()):
+    others = [path for path in out.iterdir() if path.suffix != ".part"] if out.is_dir() else []
+    if not holds_run and others:
         raise UserError(f"--out: {out} is not empty and does not hold a run of this script")
+
+
+def has_epochs(path: Path) -> bool:
+    try:
+        return bool(checkpoint.load(path)["epoch"] > 0)
+    except (UserError, KeyError):
+        return True  # of an unknown kind, so not to be replaced unless the user says so
 
 
 def load_run(args: argparse.Namespace) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from images import UserError, directories, image_files, list_skipped, printable, read_image
 from PIL import Image
 from pytorch_metric_learning import datasets as pml_datasets
 from sklearn.datasets import load_digits
@@ -27,11 +28,6 @@ from tqdm import tqdm
 
 OMNIGLOT_URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
 CIFAR100_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
-
-
-class UserError(Exception):
-    """An error that the user can correct; printed in one line."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +57,7 @@ class Images(Dataset[tuple[Tensor, int]]):
         """One image as uint8 (channels, height, width)."""
         if isinstance(self.source, Tensor):
             return self.source[index]
-        path = self.source[index]
-        try:
-            with Image.open(path) as file:
-                pixels = np.array(file.convert("RGB").resize((self.size, self.size)))
-        except OSError as error:
-            raise UserError(f"cannot read the image {path}: {error}") from error
-        return torch.from_numpy(pixels).permute(2, 0, 1)
+        return read_image(self.source[index], self.size)
 
     def subset(self, indices: Sequence[int]) -> Images:
         labels = [self.labels[i] for i in indices]
@@ -206,36 +196,45 @@ def from_pml(name: str, root: Path, image_size: int, download: bool = False) -> 
 
 
 def folder(root: Path, image_size: int) -> Data:
-    """A dataset with one directory of images per class.
+    """A dataset with one directory of images per class. Subdirectories belong to the class.
 
-    If `root`/train and `root`/test exist, they contain the training and test classes. Otherwise the
-    first half of the directories in sorted order (rounded up) is to train and the rest to test.
+    If `root` contains `train` and `test` (or `val`), these contain the training and test classes.
+    Otherwise the first half of the directories in sorted order (rounded up) is to train and the
+    rest to test.
     """
-    if (root / "train").is_dir() and (root / "test").is_dir():
-        train, test = _directories(root / "train"), _directories(root / "test")
+    held_out = next((n for n in ("test", "val", "valid", "validation") if (root / n).is_dir()), "")
+    if (root / "train").is_dir() and held_out:
+        train, test = directories(root / "train"), directories(root / held_out)
         shared = sorted({p.name for p in train} & {p.name for p in test})
         if shared:
             raise UserError(
-                f"folder: class {shared[0]} is in both train/ and test/ of {root}; "
-                "the test classes must not be in the training set"
+                f"folder: class {shared[0]} is in both train/ and {held_out}/ of {root}; the test "
+                "classes must not be in the training set: put the directories of all classes into "
+                "one directory, whose second half is then the test set"
             )
     else:
-        classes = _directories(root)
+        classes = directories(root)
         half = (len(classes) + 1) // 2
         train, test = classes[:half], classes[half:]
 
-    def read(directories: list[Path]) -> Images:
-        found = [(path, d.name) for d in directories for path in _image_files(d)]
-        return _from_files([p for p, _ in found], [name for _, name in found], image_size)
-
-    for directory in train + test:
-        if not _image_files(directory):
-            raise UserError(f"folder: {directory} contains no images")
+    skipped: Counter[str] = Counter()
+    files = {directory: image_files(directory, skipped) for directory in train + test}
+    for directory, found in files.items():
+        if not found:
+            raise UserError(f"folder: {directory} contains no images ({list_skipped(skipped)})")
     if len(train) < 2 or len(test) < 2:
         raise UserError(
             f"folder: {len(train)} classes to train and {len(test)} to test under {root}; "
             "each needs at least two directories of images"
         )
+    if skipped:
+        print(f"folder: {list_skipped(skipped)}")
+
+    def read(classes: list[Path]) -> Images:
+        paths = [path for directory in classes for path in files[directory]]
+        labels = [label for label, directory in enumerate(classes) for _ in files[directory]]
+        return Images(paths, labels, [printable(d.name) for d in classes], image_size)
+
     return Data(read(train), read(test), mirrored=True)
 
 
@@ -330,14 +329,6 @@ def _from_files(paths: Sequence[str | Path], labels: Sequence[Any], image_size: 
     shared = Counter(directory.values())  # SOP has many products per directory
     names = [d if shared[d] == 1 else f"{d} {label}" for label, d in sorted(directory.items())]
     return Images(files, [order[label] for label in labels], names, image_size)
-
-
-def _directories(root: Path) -> list[Path]:
-    return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _image_files(directory: Path) -> list[Path]:
-    return sorted(p for p in directory.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def _npz(path: Path, *keys: str) -> dict[str, np.ndarray]:

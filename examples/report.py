@@ -6,6 +6,7 @@ import argparse
 import json
 import platform
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import figures
 import pytorch_metric_learning
 import torch
 from datasets import Images
+from images import printable
 from pytorch_metric_learning.utils.logging_presets import get_record_keeper
 from torch import Tensor
 
@@ -73,23 +75,12 @@ def print_epoch(row: dict[str, Any], is_best: bool) -> None:
           f"{'   best so far' if is_best else ''}", flush=True)  # fmt: skip
 
 
-def draw(
-    args: argparse.Namespace, state: dict[str, Any], images: Images, before: Tensor, after: Tensor
-) -> None:
-    """Draw the figures, with the embeddings of ``images`` before and after training."""
-    print("drawing the figures")
-    figures.training_curves(args.out / "curves.png", state["history"], state["best"]["epoch"])
-    figures.retrieval_board(args.out / "retrieval.png", images, before, after, args.seed)
-    figures.embedding_map(args.out / "map.png", images, before, after, args.seed)
-
-
 def label_issues(
     out: Path, detector: LabelNoiseDetector, train: Images, clean_labels: list[int]
 ) -> dict[str, float]:
-    """Write labels.csv and labels.png. Return how well the label issues match the wrong labels."""
-    files = None if isinstance(train.source, Tensor) else list(map(str, train.source))
+    """Write labels.csv. Return how well the label issues match the wrong labels."""
+    files = None if isinstance(train.source, Tensor) else list(map(printable, train.source))
     detector.to_csv(out / "labels.csv", class_names=train.names, sample_names=files)
-    figures.label_board(out / "labels.png", train, detector)
     is_wrong = detector.labels != torch.tensor(clean_labels)
     is_wrong_issue = is_wrong[detector.find_label_issues()]
     found = int(is_wrong_issue.sum())
@@ -110,7 +101,6 @@ def write(
     issues: dict[str, float] | None,
 ) -> None:
     """Write results.json and print the table."""
-    pictures = {Path(n).stem: str(args.out / n) for n in FIGURES if (args.out / n).exists()}
     results = {
         "config": {**state["config"], "epochs": args.epochs, "device": str(device)},
         "before": before,
@@ -124,7 +114,6 @@ def write(
             "pytorch_metric_learning": pytorch_metric_learning.__version__,
             "pml_extras": pml_extras.__version__,
         },
-        "figures": pictures,
         **({"label_issues": issues} if issues else {}),
     }
     (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -140,5 +129,35 @@ def write(
             print(f"  precision {issues['precision']:.3f}, recall {issues['recall']:.3f} "
                   "for the replaced labels")  # fmt: skip
     print(f"\nresults    {args.out / 'results.json'}")
-    for name, path in pictures.items():
-        print(f"{name:10} {path}")
+
+
+def draw(
+    args: argparse.Namespace,
+    state: dict[str, Any],
+    test: Images,
+    before: Tensor,
+    after: Tensor,
+    train: Images,
+    detector: LabelNoiseDetector | None,
+) -> None:
+    """Draw the figures, with the embeddings of the test images before and after training.
+
+    It comes last, and a figure that fails does not stop the others.
+    """
+    print("drawing the figures", flush=True)
+    embeddings = (test, before, after, args.seed)
+    calls: dict[str, tuple[Any, ...]] = {
+        "curves.png": (figures.training_curves, state["history"], state["best"]["epoch"]),
+        "retrieval.png": (figures.retrieval_board, *embeddings),
+        "map.png": (figures.embedding_map, *embeddings),
+    }
+    if detector:
+        calls["labels.png"] = (figures.label_board, train, detector)
+    for name, (function, *arguments) in calls.items():
+        try:
+            function(args.out / name, *arguments)
+        except Exception as error:  # of any kind: the results are complete without it
+            line = " ".join(str(error).split())
+            print(f"could not draw {name}: {type(error).__name__}: {line}", file=sys.stderr)
+        else:
+            print(f"{Path(name).stem:10} {args.out / name}")

@@ -79,9 +79,10 @@ def run(args: Namespace) -> None:
     for name, model in trainer.models.items():
         model.load_state_dict(state["best"]["models"][name])
     after, embeddings_after = evaluate(tester, data.test, trainer.models)
-    report.draw(args, state, data.test, embeddings_before, embeddings_after)
     issues = detector and report.label_issues(args.out, detector, train_set, clean_set.labels)
     report.write(args, device, state, data.test, before, after, issues)
+    embeddings = embeddings_before, embeddings_after
+    report.draw(args, state, data.test, *embeddings, train_set, detector)
 
 
 def build_trainer(args: Namespace, train_set: Images, device: torch.device) -> MetricLossOnly:

@@ -119,7 +119,7 @@ def test_run_writes_results_and_figures(tmp_path, monkeypatch, capsys):
     for when in ("before", "after"):
         assert set(results[when]) == set(figures.METRICS)
         assert all(0 < value <= 1 for value in results[when].values())
-    for path in results["figures"].values():
+    for path in (tmp_path / "run").glob("*.png"):
         with Image.open(path) as image:
             assert min(image.size) > 300
             assert len(image.convert("RGB").getcolors(1 << 24)) > 20  # not blank
@@ -128,7 +128,37 @@ def test_run_writes_results_and_figures(tmp_path, monkeypatch, capsys):
         label, before = figures.METRICS[metric], results["before"][metric]
         after = results["after"][metric]
         assert f"  {label:14}{before:8.3f}{after:8.3f}{after - before:+9.3f}\n" in printed
-    assert printed.rstrip().endswith(results["figures"]["map"])
+    assert printed.rstrip().endswith(str(tmp_path / "run" / "map.png"))
+
+
+def test_a_figure_that_fails_costs_neither_results_nor_other_figures(tmp_path, monkeypatch, capsys):
+    def fail(path, *arguments):
+        assert (path.parent / "results.json").is_file()
+        raise UnicodeEncodeError("utf-8", "caf\udce9", 3, 4, "surrogates not allowed")
+
+    monkeypatch.setattr(figures, "retrieval_board", fail)
+    results = run(tmp_path / "run", epochs=1)
+    assert results["after"]["precision_at_1"] > 0
+    assert (tmp_path / "run" / "map.png").is_file()
+    printed = capsys.readouterr()
+    assert "could not draw retrieval.png: UnicodeEncodeError: 'utf-8' codec" in printed.err
+    assert printed.out.rstrip().endswith("map.png")
+
+
+def test_a_run_that_failed_in_its_first_epoch_does_not_block_a_rerun(tmp_path, monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricLossOnly, "forward_and_backward", stop)
+        assert call(out, "--epochs", 1) == 130
+    (out / "checkpoint.pt.part").write_bytes(b"torn")
+    assert len(run(out, "--seed", 3, epochs=1)["history"]) == 2
+    assert call(out, "--epochs", 1) == 2  # this one would be lost
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "checkpoint.pt.part").write_bytes(b"torn")
+    run(tmp_path / "torn", epochs=1)
 
 
 def test_log_has_each_epoch(tmp_path):
