@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 
@@ -14,7 +16,9 @@ from helpers.state import same_state
 
 from .capabilities import EMBEDDING_SIZE, NUM_CLASSES
 
-pytestmark = pytest.mark.filterwarnings("ignore:num_neighbors")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:num_neighbors", "ignore:torch.distributed is disabled", "ignore:Detected an existing"
+)
 
 
 def test_state_dict_holds_tensors_only(component, x, labels):
@@ -30,6 +34,20 @@ def test_safetensors_restores_the_state(component, x, labels, tmp_path):
     save_file(instance.state_dict(), tmp_path / "state.safetensors")
     restored = component.make(seed=99)
     restored.load_state_dict(load_file(tmp_path / "state.safetensors"))
+    assert same_state(dict(restored.state_dict()), dict(instance.state_dict()))
+
+
+def test_distributed_checkpoints_restore_the_state(component, x, labels, tmp_path):
+    instance = component.make()
+    for _ in range(2):
+        component.call(instance, x, labels)
+    if not instance.state_dict():
+        pytest.skip("has no state")
+    dcp.save(get_model_state_dict(instance), checkpoint_id=tmp_path / "checkpoint")
+    restored = component.make(seed=99)
+    state = get_model_state_dict(restored)
+    dcp.load(state, checkpoint_id=tmp_path / "checkpoint")
+    set_model_state_dict(restored, state)
     assert same_state(dict(restored.state_dict()), dict(instance.state_dict()))
 
 

@@ -129,6 +129,17 @@ def test_a_label_that_is_outvoted_in_few_updates_is_no_issue():
     assert not detector.is_issue[0]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scores_stay_in_float32(labels, dtype):
+    x = embeddings(labels).to(dtype)
+    narrow, expected = LabelNoiseDetector(labels).to(dtype), LabelNoiseDetector(labels)
+    for _ in range(3):
+        narrow.update(x)
+        expected.update(x.float())
+    assert narrow.scores.dtype == narrow.vote_margins.dtype == torch.float32
+    assert same_state(state_of(narrow), state_of(expected))
+
+
 def test_writes_a_csv_table(labels, tmp_path):
     noisy_labels = labels.clone()
     noisy_labels[3] = 0
