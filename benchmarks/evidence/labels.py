@@ -21,6 +21,7 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 from pml_extras.functional import label_vote, pairwise_cosine
+from pml_extras.functional._label_noise import class_size_neighbors
 from pml_extras.label_noise import LabelNoiseDetector
 
 from . import metrics
@@ -36,7 +37,6 @@ from .sweep import workers
 CONDITIONS = ("clean", "noise10", "noise30", "noise50")
 METHOD = "ntxent"
 SEEDS = 5
-NUM_NEIGHBORS = 40  # the default of LabelNoiseDetector
 
 
 def measure(
@@ -46,7 +46,7 @@ def measure(
     runtime = Runtime(data_root, cache=Path())  # training from scratch needs no cache
     train_data = load_train(experiment.scenario, seed, data_root)
     images, device = train_data.images, torch.device(runtime.device)
-    detector = LabelNoiseDetector(images.labels, num_neighbors=NUM_NEIGHBORS)
+    detector = LabelNoiseDetector(images.labels)
     knn_scores = torch.zeros(len(images))
 
     def update(epoch: int, loss: float | None, model: TrainedModel) -> None:
@@ -57,7 +57,7 @@ def measure(
 
     network = train(preset, experiment, hparams, seed, train_data, runtime, update).network
     embeddings = metrics.embed(network, images, device)
-    last_scores = label_vote(embeddings, detector.labels, num_neighbors=NUM_NEIGHBORS).vote_lift
+    last_scores = label_vote(embeddings, detector.labels).vote_lift
     wrong = np.array(images.labels) != np.array(train_data.true_labels)
     flagged = detector.is_issue.numpy()
     record: Record = {
@@ -82,11 +82,12 @@ def measure(
 
 def knn_label_agreement(embeddings: Tensor, labels: Tensor) -> Tensor:
     """The baseline: (N,) the fraction of the nearest neighbors with the same label."""
+    num_neighbors = int(class_size_neighbors(labels).median())
     fractions = []
     for rows in torch.arange(len(labels)).split(512):
         similarities = pairwise_cosine(embeddings[rows], embeddings)
         similarities[torch.arange(len(rows)), rows] = -2  # exclude the sample itself
-        neighbors = similarities.topk(NUM_NEIGHBORS).indices
+        neighbors = similarities.topk(num_neighbors).indices
         fractions.append((labels[neighbors] == labels[rows, None]).float().mean(1))
     return torch.cat(fractions)
 
