@@ -15,9 +15,16 @@ def is_training_step(module: torch.nn.Module) -> bool:
     """Whether a call of the module may change its state, or perturb what it is given.
 
     PML's users compute a validation loss under ``torch.no_grad()``, and few put the loss into eval
-    mode. So a call without gradients is not a training step either.
+    mode. So a call without gradients is not a training step either, and neither is a call that
+    activation checkpointing repeats in backward.
     """
-    return module.training and torch.is_grad_enabled()
+    return module.training and torch.is_grad_enabled() and not is_in_backward()
+
+
+def is_in_backward() -> bool:
+    """Whether a backward pass calls this, as activation checkpointing does to recompute."""
+    # A private function of torch, which its own checkpointing uses for the same question.
+    return not torch.compiler.is_compiling() and bool(torch._C._current_graph_task_id() != -1)
 
 
 class AccumulatorsMixin(torch.nn.Module):
@@ -59,13 +66,14 @@ class ExtraStateMixin(torch.nn.Module):
         raise NotImplementedError
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
-        """Restore what :meth:`extra_state` returned. All its names are there."""
+        """Restore what :meth:`extra_state` returned, or the part of it that is there."""
         raise NotImplementedError
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, tensor in self.extra_state().items():
-            destination[prefix + name] = tensor if keep_vars else tensor.detach()
+            is_tensor = isinstance(tensor, Tensor)  # a network in it may save other objects
+            destination[prefix + name] = tensor.detach() if is_tensor and not keep_vars else tensor
 
     def _load_from_state_dict(
         self,
@@ -81,13 +89,13 @@ class ExtraStateMixin(torch.nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
         names = {prefix + name: name for name in self.extra_state()}
         unexpected_keys[:] = [key for key in unexpected_keys if key not in names]
-        missing = [key for key in names if key not in state_dict]
-        missing_keys += missing
-        if not missing:
-            try:
-                self.load_extra_state({name: state_dict[key] for key, name in names.items()})
-            except RuntimeError as error:
-                error_msgs.append(str(error))
+        missing_keys += [key for key in names if key not in state_dict]
+        # The present ones, as torch does with parameters: a checkpoint may be in several files.
+        present = {name: state_dict[key] for key, name in names.items() if key in state_dict}
+        try:
+            self.load_extra_state(present)
+        except RuntimeError as error:
+            error_msgs.append(str(error))
 
 
 class HyperparametersMixin:
@@ -126,7 +134,7 @@ def element_losses(losses: Tensor) -> dict[str, Any]:
 
 
 class OptimizerReminder:
-    """Detects a parameter that has had gradients in 100 steps, does not move, and has no optimizer.
+    """Detects a parameter that has not moved in 100 training steps and has no optimizer.
 
     PML's users give a loss's parameters to an optimizer of their own. Forgetting it has no other
     sign than low accuracy.
@@ -137,7 +145,8 @@ class OptimizerReminder:
 
     def is_due(self, parameter: Tensor) -> bool:
         """Call this in each training step, before the forward pass. True at most once."""
-        if parameter.grad is None or self.num_steps == self.patience:
+        # Its gradient says nothing: model.zero_grad() removes it before the forward pass.
+        if not parameter.requires_grad or self.num_steps == self.patience:
             return False
         if self.num_steps == 0:
             self.first_version = parameter._version  # counts changes in place

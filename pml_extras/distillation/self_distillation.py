@@ -74,7 +74,7 @@ class SelfDistillation(HyperparametersMixin, ExtraStateMixin, ModuleWithRecords)
         temperature: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        _checks.count("num_epochs", num_epochs)
+        num_epochs = _checks.count("num_epochs", num_epochs)
         _checks.non_negative(alpha=alpha)
         super().__init__(**kwargs)
         self.loss = loss
@@ -95,7 +95,7 @@ class SelfDistillation(HyperparametersMixin, ExtraStateMixin, ModuleWithRecords)
         if not is_training_step(self):
             return self.loss(embeddings, *args, **kwargs)  # type: ignore[no-any-return]
         if self.weight == 0:
-            self.teacher.clear()
+            self.teacher.skip_batch()
             loss: Tensor = self.loss(embeddings, *args, **kwargs)
             self.teacher.end_batch()
             return loss
@@ -139,5 +139,5 @@ class SelfDistillation(HyperparametersMixin, ExtraStateMixin, ModuleWithRecords)
         return {"epoch": torch.tensor(self.epoch), **teacher}
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
-        self.epoch = int(state.pop("epoch"))
+        self.epoch = int(state.pop("epoch", self.epoch))
         self.teacher.load_state_dict({n.removeprefix("teacher."): t for n, t in state.items()})

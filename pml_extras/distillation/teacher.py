@@ -4,20 +4,44 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Iterator
-from itertools import chain
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import _checks
-from .._component import is_narrow
-from ._networks import check_is_whole, is_in_backward, unwrap
+from .._component import is_in_backward, is_narrow
+from ._networks import (
+    check_is_whole,
+    check_same_names,
+    copy_buffers,
+    copy_weights,
+    named_tensors,
+    unwrap,
+)
 
 MAX_PENDING_BATCHES = 8  # kept while no loss asks for them
+NO_BATCH = (
+    "the teacher has seen no batch: the embeddings must come from a forward pass, with gradients"
+    " enabled, of the trunk it was made with (activation checkpointing with use_reentrant=True"
+    " disables gradients)"
+)
+
+
+class _Pass(NamedTuple):
+    """The arguments of a pass of the trunk, and how often each tensor had been changed then."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    versions: list[int]
+
+
+def _versions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    return [t._version for t in tensors if not t.is_inference()]
 
 
 class Teacher:
@@ -68,25 +92,32 @@ class Teacher:
         self.network: torch.nn.Module = self._copy(copy_module).eval().requires_grad_(False)
         self._is_checked = False
         # Per pass of the trunk: its arguments, or the teacher's embeddings once computed.
-        self._pending_batches: deque[tuple[Any, Any] | Tensor] = deque(maxlen=MAX_PENDING_BATCHES)
+        self._pending_batches: deque[_Pass | Tensor] = deque(maxlen=MAX_PENDING_BATCHES)
         self._is_open = False  # whether the next pass is of the same batch as the latest
         self._observe_trunk()
 
     def _copy(self, copy_module: Callable[[torch.nn.Module], torch.nn.Module]) -> torch.nn.Module:
         try:
-            network = torch.nn.Sequential(*map(copy_module, self._student))
+            if copy_module is copy.deepcopy:  # together: the two may share weights
+                network = copy.deepcopy(self._student)
+            else:
+                network = torch.nn.Sequential(*map(copy_module, self._student))
         except RuntimeError as error:
             raise ValueError(
                 f"the network cannot be copied ({error}): pass copy_module, which makes a new one"
             ) from error
-        network.load_state_dict(self._student.state_dict())
+        check_same_names(network, self._student)
+        copy_weights(network, self._student)
         return network
 
     # ---- Observing the trunk.
 
     def _observe_trunk(self) -> None:
         # After the copy, so that the copy does not have the hook.
-        self._hook = self._trunk.register_forward_pre_hook(_TrunkHook(self), with_kwargs=True)
+        # First of all hooks: the others may change the arguments, and the copy has them too.
+        self._hook = self._trunk.register_forward_pre_hook(
+            _TrunkHook(self), with_kwargs=True, prepend=True
+        )
 
     def before_trunk(
         self, trunk: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -101,13 +132,14 @@ class Teacher:
         if not self._is_open:
             self._is_open = True
             self._pending_batches.clear()
-        self._pending_batches.append((args, kwargs))
+        self._pending_batches.append(_Pass(args, kwargs, _versions(args, kwargs)))
 
     def _follow_network(self) -> None:
         """Move the copy to the device and the dtype of the network."""
         check_is_whole(self._student)
+        check_same_names(self.network, self._student)
         for (name, mine), (_, theirs) in zip(
-            _named_tensors(self.network), _named_tensors(self._student), strict=True
+            named_tensors(self.network), named_tensors(self._student), strict=True
         ):
             if mine.device != theirs.device or mine.dtype != theirs.dtype:
                 self._convert(name, mine, theirs)
@@ -122,6 +154,10 @@ class Teacher:
         A copy of a network whose ``forward`` was replaced on the instance still calls the network.
         The distillation loss would always be 0.
         """
+        if any(getattr(module, "teacher", None) is self for module in self._student.modules()):
+            raise ValueError(
+                "the trunk contains the loss: give the teacher the network without the loss"
+            )
         tensors = [*self._student.parameters(), *self._student.buffers()]
         values = [t.data for t in tensors]
         try:
@@ -189,15 +225,17 @@ class Teacher:
             RuntimeError: if there was no pass, or the latest passes do not add up to N samples.
         """
         if not self._pending_batches:
-            raise RuntimeError(
-                "the teacher has seen no batch: the embeddings must come from a forward pass, with"
-                " gradients enabled, of the trunk it was made with"
-            )
+            raise RuntimeError(NO_BATCH)
         found: list[Tensor] = []
         for i in reversed(range(len(self._pending_batches))):
             batch = self._pending_batches[i]
-            if not isinstance(batch, Tensor):
-                batch = self._pending_batches[i] = self._embed(*batch)
+            if isinstance(batch, _Pass):
+                if _versions(batch.args, batch.kwargs) != batch.versions:
+                    raise RuntimeError(
+                        "the trunk's input was changed in place, by the network or after it, before"
+                        " the loss was called: give the trunk a copy"
+                    )
+                batch = self._pending_batches[i] = self._embed(batch.args, batch.kwargs)
             found.insert(0, batch)
             if sum(map(len, found)) >= num_samples:
                 break
@@ -209,25 +247,36 @@ class Teacher:
             )
         return embeddings
 
-    def clear(self) -> None:
-        """Drop the inputs that were kept."""
+    def skip_batch(self) -> None:
+        """Call this instead of :meth:`embed` if the embeddings are not needed. Drops the inputs.
+
+        Raises:
+            RuntimeError: if there was no pass at all.
+        """
+        if not self._is_checked:
+            raise RuntimeError(NO_BATCH)
         self._pending_batches.clear()
 
     def remove(self) -> None:
         """Stop observing the trunk."""
         self._hook.remove()
-        self.clear()
+        self._pending_batches.clear()
 
     # ---- Saving and copying.
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors that a resumed run needs to continue exactly."""
-        return {f"network.{name}": t for name, t in self.network.state_dict().items()}
+        state = self.network.state_dict(keep_vars=True)  # in which tied weights are one object
+        unique = {id(t): name for name, t in reversed(state.items())}
+        return {f"network.{name}": state[name] for name in reversed(unique.values())}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Load what is there: all of the state, or a part of a checkpoint in several files."""
+        self._follow_network()  # or else values would be rounded to the dtype of an earlier time
         prefix = "network."
         names = [name for name in state if name.startswith(prefix)]
-        self.network.load_state_dict({name.removeprefix(prefix): state[name] for name in names})
+        weights = {name.removeprefix(prefix): state[name] for name in names}
+        self.network.load_state_dict(weights, strict=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
         return self
@@ -278,14 +327,16 @@ class SnapshotTeacher(Teacher):
     """
 
     def end_epoch(self) -> None:
-        self.network.load_state_dict(self._student.state_dict())
+        copy_weights(self.network, self._student)
 
 
 class EMATeacher(Teacher):
     """The exponential moving average (EMA) of the network's weights. Ours.
 
-    The average is updated at the end of each batch, and kept in float32 or wider. Buffers, such as
-    the statistics of batch normalization, are copied from the network.
+    The average is updated at the end of each batch, and kept in float32 or wider. When gradients
+    are accumulated over n batches, it is updated n times per step of the optimizer: take the n-th
+    root of the decay. Buffers, such as the statistics of batch normalization, are copied from the
+    network.
 
     Args:
         trunk: the network in training.
@@ -336,6 +387,9 @@ class EMATeacher(Teacher):
         for (name, mine), theirs in zip(
             self.network.named_parameters(), self._student.parameters(), strict=True
         ):
+            if not theirs.is_floating_point():
+                mine.copy_(theirs)
+                continue
             averages.append(self._wide_averages.get(name, mine.data))
             current.append(theirs.data.to(averages[-1].dtype))
         if self.num_updates == 0:  # the weights may have been loaded since the copy was made
@@ -345,10 +399,7 @@ class EMATeacher(Teacher):
         self.num_updates += 1
         for name, average in self._wide_averages.items():
             self.network.get_parameter(name).copy_(average)
-        for buffer, current_buffer in zip(
-            self.network.buffers(), self._student.buffers(), strict=True
-        ):
-            buffer.copy_(current_buffer)
+        copy_buffers(self.network, self._student)
 
     def state_dict(self) -> dict[str, Tensor]:
         averages = {f"network.{name}": t for name, t in self._wide_averages.items()}
@@ -356,10 +407,8 @@ class EMATeacher(Teacher):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         super().load_state_dict(state)
-        self.num_updates = int(state["num_updates"])
+        if "num_updates" in state:
+            self.num_updates = int(state["num_updates"])
         for name, average in self._wide_averages.items():
-            average.copy_(state[f"network.{name}"])
-
-
-def _named_tensors(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    return chain(module.named_parameters(), module.named_buffers())
+            if f"network.{name}" in state:
+                average.copy_(state[f"network.{name}"])

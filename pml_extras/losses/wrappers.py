@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from pytorch_metric_learning import losses
@@ -95,13 +96,19 @@ class CrossBatchMemory(ExtraStateMixin, losses.CrossBatchMemory):
         if count > self.memory_size:
             raise ValueError(f"a batch of {count} does not fit into memory_size={self.memory_size}")
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        saved = state_dict.get(prefix + "embedding_memory")
+        if isinstance(saved, Tensor):  # the memory has the dtype of the embeddings in it
+            self.embedding_memory = self.embedding_memory.to(saved.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def extra_state(self) -> dict[str, Tensor]:
         state = {"queue_idx": self.queue_idx, "has_been_filled": self.has_been_filled}
         return {name: torch.tensor(value) for name, value in state.items()}
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
-        self.queue_idx = int(state["queue_idx"])
-        self.has_been_filled = bool(state["has_been_filled"])
+        self.queue_idx = int(state.get("queue_idx", self.queue_idx))
+        self.has_been_filled = bool(state.get("has_been_filled", self.has_been_filled))
 
 
 class SelfSupervisedLoss(losses.SelfSupervisedLoss):

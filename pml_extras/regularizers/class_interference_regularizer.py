@@ -100,8 +100,8 @@ class ClassInterferenceRegularizer(
         generator: torch.Generator | None = None,
         **kwargs: Any,
     ) -> None:
-        _checks.count("num_classes", num_classes, least=2)
-        _checks.count("embedding_size", embedding_size)
+        num_classes = _checks.count("num_classes", num_classes, least=2)
+        embedding_size = _checks.count("embedding_size", embedding_size)
         _checks.in_half_open_range(0, 0.5, strength=strength)
         _checks.in_range(0, 1, probability=probability, momentum=momentum)
         super().__init__(**kwargs)
@@ -226,7 +226,7 @@ class ClassInterferenceRegularizer(
         return {} if self.generator is None else {"generator": self.generator.get_state()}
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
-        if self.generator is not None:
+        if self.generator is not None and "generator" in state:
             self.generator.set_state(state["generator"].cpu())
 
 

@@ -7,6 +7,7 @@ import io
 from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from pytorch_metric_learning.losses import NTXentLoss
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from helpers.processes import run_processes
+from helpers.state import same_state
 from pml_extras.distillation import EMATeacher, SelfDistillation, SnapshotTeacher
 
 TEACHERS = pytest.mark.parametrize("make_teacher", [SnapshotTeacher, EMATeacher])
@@ -342,3 +344,191 @@ def test_a_saved_trunk_does_not_carry_the_teacher(make_teacher):
     assert torch.equal(loaded(x), trunk(x))
     copied = copy.deepcopy(trunk)
     assert torch.equal(copied(x), trunk(x))
+
+
+class Tied(nn.Module):
+    """The second layer has the weight of the first, as in language models."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 5), nn.Linear(5, 5)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+def trained_loss(trunk, make_teacher):
+    loss_func = make_loss(make_teacher(trunk), epoch=0)
+    for _ in range(2):
+        x = torch.randn(6, 5, dtype=next(trunk.parameters()).dtype)
+        loss_func(trunk(x), torch.arange(6) % 2)
+        change_weights(trunk)
+        loss_func.end_epoch()
+    return loss_func
+
+
+@TEACHERS
+def test_tied_weights_are_saved_once_and_restored(make_teacher, tmp_path):
+    loss_func = trained_loss(Tied(), make_teacher)
+    safetensors.torch.save_file(loss_func.state_dict(), tmp_path / "plain.safetensors")
+    safetensors.torch.save_model(loss_func, tmp_path / "model.safetensors")
+    restored = make_loss(make_teacher(Tied()), epoch=0)
+    safetensors.torch.load_model(restored, tmp_path / "model.safetensors")
+    assert same_state(restored.state_dict(), loss_func.state_dict())
+    again = make_loss(make_teacher(Tied()), epoch=0)
+    again.load_state_dict(safetensors.torch.load_file(tmp_path / "plain.safetensors"))
+    assert same_state(again.state_dict(), loss_func.state_dict())
+
+
+@TEACHERS
+def test_a_checkpoint_in_several_files_restores_the_state(make_teacher):
+    state = trained_loss(make_trunk(), make_teacher).state_dict()
+    restored = make_loss(make_teacher(make_trunk()), epoch=0)
+    for name, tensor in state.items():
+        missing, unexpected = restored.load_state_dict({name: tensor}, strict=False)
+        assert set(missing) == state.keys() - {name}
+        assert not unexpected
+    assert same_state(restored.state_dict(), state)
+
+
+@TEACHERS
+def test_a_checkpoint_of_a_wider_network_is_not_rounded(make_teacher):
+    wide = trained_loss(make_trunk().double(), make_teacher)
+    trunk = make_trunk()
+    restored = make_loss(make_teacher(trunk), epoch=0)
+    trunk.double()  # after the teacher was made, before any batch
+    restored.load_state_dict(wide.state_dict())
+    assert same_state(restored.state_dict(), wide.state_dict())
+
+
+@TEACHERS
+def test_extra_state_of_the_network_is_saved(make_teacher):
+    class Counting(nn.Linear):
+        count = 0
+
+        def get_extra_state(self):
+            return {"count": self.count}
+
+        def set_extra_state(self, state):
+            self.count = state["count"]
+
+    trunk = Counting(5, 3)
+    trunk.count = 7
+    loss_func = make_loss(make_teacher(trunk))
+    assert loss_func.state_dict()["teacher.network.0._extra_state"] == {"count": 7}
+
+
+# ---- The copy embeds what the network embedded.
+
+
+@TEACHERS
+def test_a_hook_that_changes_the_input_is_applied_once(make_teacher):
+    trunk = nn.Linear(5, 3)
+    trunk.register_forward_pre_hook(lambda module, args: (args[0] * 0.5,))
+    teacher = make_teacher(trunk)
+    assert torch.equal(trunk(torch.randn(6, 5)), teacher.embed(6))
+
+
+@pytest.mark.parametrize("changed_by", ["the network", "the next view"])
+def test_an_input_that_was_overwritten_is_refused(changed_by):
+    trunk = nn.Sequential(nn.ReLU(inplace=changed_by == "the network"), make_trunk())
+    teacher = SnapshotTeacher(trunk)
+    buffer = torch.randn(6, 5)
+    trunk(buffer)
+    if changed_by == "the next view":
+        buffer.copy_(torch.randn(6, 5))
+        trunk(buffer)
+    with pytest.raises(RuntimeError, match="was changed in place"):
+        teacher.embed(6 if changed_by == "the network" else 12)
+
+
+@TEACHERS
+def test_buffers_that_are_not_persistent_are_copied(make_teacher):
+    trunk = nn.Linear(5, 3)
+    trunk.register_buffer("offset", torch.zeros(3), persistent=False)
+    trunk.register_forward_hook(lambda module, args, output: output + module.offset)
+    teacher = make_teacher(trunk)
+    trunk(torch.randn(6, 5))
+    trunk.offset.fill_(3)
+    teacher.end_batch()
+    teacher.end_epoch()
+    x = torch.randn(6, 5)
+    assert torch.equal(trunk(x), teacher.embed(6))
+
+
+@TEACHERS
+def test_weights_shared_by_trunk_and_embedder(make_teacher):
+    trunk, embedder = nn.Linear(5, 5), nn.Linear(5, 5)
+    embedder.weight = trunk.weight
+    teacher = make_teacher(trunk, embedder)
+    assert torch.equal(embedder(trunk(torch.randn(6, 5))), teacher.embed(6))
+
+
+@TEACHERS
+@pytest.mark.parametrize("change", ["parametrization", "new layer", "other width"])
+def test_a_network_that_changes_later_is_refused(make_teacher, change):
+    trunk = nn.Sequential(nn.Linear(5, 3, bias=False))
+    teacher = make_teacher(trunk)
+    trunk(torch.randn(6, 5))
+    if change == "parametrization":
+        nn.utils.parametrizations.orthogonal(trunk[0])
+    elif change == "new layer":
+        trunk.append(nn.Linear(3, 3))
+    else:
+        trunk[0] = nn.Linear(5, 4, bias=False)
+    with pytest.raises(
+        ValueError, match="has other parameters or buffers than the teacher: in the"
+    ):
+        trunk(torch.randn(6, 5))
+    teacher.remove()
+    with pytest.raises(ValueError, match="other parameters"):
+        make_teacher(trunk, copy_module=lambda module: nn.Sequential(nn.Linear(5, 2)))
+
+
+def test_parameters_that_are_integers_are_copied():
+    trunk = nn.Linear(5, 3)
+    trunk.steps = nn.Parameter(torch.zeros(1, dtype=torch.long), requires_grad=False)
+    teacher = EMATeacher(trunk)
+    for step in range(3):
+        trunk(torch.randn(6, 5))
+        trunk.steps.fill_(step)
+        teacher.end_batch()
+    assert teacher.network[0].steps == 2
+
+
+def test_a_trunk_that_contains_the_loss_is_refused():
+    class WholeModel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(5, 3)
+            self.loss = SelfDistillation(NTXentLoss(), SnapshotTeacher(self), num_epochs=2)
+
+        def forward(self, x):
+            return self.layer(x)
+
+    with pytest.raises(ValueError, match="the trunk contains the loss"):
+        WholeModel()(torch.randn(6, 5))
+
+
+def test_scripted_networks_are_refused():
+    with pytest.raises(ValueError, match="is a ScriptModule"):
+        SnapshotTeacher(torch.jit.script(nn.Linear(5, 3)))
+
+
+def test_a_network_without_gradients_is_noticed_in_the_first_epoch():
+    trunk = make_trunk()
+    loss_func = make_loss(EMATeacher(trunk), epoch=0)
+    x = torch.randn(6, 5, requires_grad=True)
+    with pytest.raises(RuntimeError, match="seen no batch"):
+        loss_func(checkpoint(trunk, x, use_reentrant=True), torch.arange(6) % 2)
+
+
+def test_networks_of_fabric():
+    from lightning_fabric import Fabric
+
+    trunk = make_trunk()
+    teacher = SnapshotTeacher(Fabric(accelerator="cpu", devices=1).setup(trunk))
+    trunk.eval()
+    x = torch.randn(6, 5)
+    assert torch.equal(trunk(x), teacher.embed(6))

@@ -148,3 +148,10 @@ def test_invalid_input_is_refused_before_anything_changes(batch, message):
     with pytest.raises(ValueError, match=message):
         INVALID[message](memory, *batch)
     assert same_state(state_of(memory), before)
+
+
+def test_a_memory_in_float64_is_restored_exactly():
+    loss_func, restored = make_memory(), make_memory()
+    loss_func(torch.randn(8, D).double(), torch.arange(8) // 2)
+    restored.load_state_dict(loss_func.state_dict())
+    assert same_state(state_of(restored), state_of(loss_func))
