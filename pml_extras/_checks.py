@@ -12,8 +12,11 @@ def require(condition: bool, name: str, wanted: str, value: Any) -> None:
         raise ValueError(f"{name} must {wanted}, got {value!r}")
 
 
-def count(name: str, value: int, least: int = 1) -> None:
-    require(value >= least and value % 1 == 0, name, f"be a whole number from {least} up", value)
+def count(name: str, value: int, least: int = 1) -> int:
+    """Check a number, which may be NumPy's, and return it as an int."""
+    is_count = not isinstance(value, bool) and value >= least and value % 1 == 0
+    require(is_count, name, f"be a whole number from {least} up", value)
+    return int(value)
 
 
 def non_negative(**values: float) -> None:
@@ -58,6 +61,8 @@ def integer_labels(labels: torch.Tensor | None, num_samples: int | None = None) 
     tensors_or_none(labels=labels)
     if labels.is_floating_point() or labels.is_complex():
         raise ValueError(f"labels must be integers, got {labels.dtype}")
+    if labels.ndim == 0:
+        raise ValueError("labels must have shape (batch_size,), got ()")
     if num_samples is not None and labels.shape != (num_samples,):
         raise ValueError(f"labels must have shape ({num_samples},), got {tuple(labels.shape)}")
     return labels

@@ -40,8 +40,8 @@ class BaseCenterContrastiveLoss(
         label_smoothing: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        _checks.count("num_classes", num_classes)
-        _checks.count("embedding_size", embedding_size)
+        num_classes = _checks.count("num_classes", num_classes)
+        embedding_size = _checks.count("embedding_size", embedding_size)
         _checks.positive(scale=scale)
         _checks.non_negative(margin=margin, center_weight=center_weight)
         _checks.in_range(0, 1, momentum=momentum)

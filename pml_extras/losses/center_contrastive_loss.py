@@ -23,7 +23,7 @@ class CenterContrastiveLoss(BaseCenterContrastiveLoss):
 
     - ``center_update="gradient"``: ``centers`` is a Parameter. **Give it to an optimizer**, or the
       centers never move; in PML's trainers the optimizer's key is ``metric_loss_optimizer``. (A
-      warning comes after 100 steps with gradients but without a move.) The learning rate matters:
+      warning comes after 100 training steps without a move.) The learning rate matters:
       after three epochs on Omniglot, precision@1 on unseen classes was 0.409 at 0.01, and 0.457 at
       0.1 and at 1 (Adam, one seed). Use no weight decay: only the directions of the centers count,
       so decay shrinks them and makes them turn faster. Under PML's DistributedLossWrapper the
@@ -103,8 +103,8 @@ class CenterContrastiveLoss(BaseCenterContrastiveLoss):
         needs_optimizer = not self.uses_ema and is_training_step(self)
         if needs_optimizer and self._optimizer_reminder.is_due(self.centers):
             warnings.warn(
-                f"the centers of {type(self).__name__} have had gradients in 100 steps and have not"
-                " moved: give loss.parameters() to an optimizer, whose key in PML's trainers is"
+                f"the centers of {type(self).__name__} have not moved in 100 training steps:"
+                " give loss.parameters() to an optimizer, whose key in PML's trainers is"
                 ' "metric_loss_optimizer"',
                 stacklevel=4,
             )
@@ -134,6 +134,7 @@ class CenterContrastiveLoss(BaseCenterContrastiveLoss):
             normalize=True,
         )
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def add_classes(self, number: int, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Add classes after the existing ones, which keep their centers and counts.
@@ -143,35 +144,29 @@ class CenterContrastiveLoss(BaseCenterContrastiveLoss):
 
         Args:
             number: how many, >= 1.
-            optimizer: the optimizer of the centers, if they have one. Its state of the existing
-                centers stays, and that of the new ones is 0. Without this argument, an optimizer
-                that has a state fails in its next step.
+            optimizer: the optimizer of the centers, if they have one. ``centers`` is a new
+                Parameter, which takes the place of the old one in the optimizer. Its state of the
+                existing centers stays, and that of the new ones is 0. Without this argument, make a
+                new optimizer; in any case, wrap the loss in DistributedDataParallel again.
 
         Raises:
-            ValueError: for a state of the optimizer that is not one number per number of the
-                centers. Nothing changes then.
+            ValueError: for an optimizer that does not have the centers, or has a state of them that
+                is not one number per number of the centers. Nothing changes then.
         """
-        _checks.count("number", number)
+        number = _checks.count("number", number)
         if self.uses_ema:
             self.class_counts = _with_zero_rows(self.class_counts, number)
             self.centers = _with_zero_rows(self.centers, number)
         else:
-            state = optimizer.state.get(self.centers, {}) if optimizer is not None else {}
-            extended = {}
-            for name, value in state.items():
-                if isinstance(value, Tensor) and value.ndim > 0:
-                    if value.shape != self.centers.shape:
-                        raise ValueError(
-                            f"the optimizer's state {name} has shape {tuple(value.shape)}, and not"
-                            f" that of the centers, {tuple(self.centers.shape)}"
-                        )
-                    extended[name] = _with_zero_rows(value, number)
-            state.update(extended)
             new_centers = self.centers.new_empty(number, self.embedding_size)
             self.weight_init_func(new_centers)
-            # The same Parameter, which optimizers refer to.
-            self.centers.data = torch.cat([self.centers.data, new_centers])
-            self.centers.grad = None
+            centers = torch.nn.Parameter(
+                torch.cat([self.centers, new_centers]), self.centers.requires_grad
+            )
+            if optimizer is not None:
+                _replace_in_optimizer(optimizer, self.centers, centers)
+            self.centers = centers
+            self._optimizer_reminder = OptimizerReminder()
         self.num_classes += number
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
@@ -185,6 +180,28 @@ class CenterContrastiveLoss(BaseCenterContrastiveLoss):
         target = cosines.gather(1, labels[:, None]).squeeze(1)
         self.avg_center_similarity = target.clamp_min(-1).mean().item()
         self.center_accuracy = (cosines.argmax(1) == labels).float().mean().item()
+
+
+def _replace_in_optimizer(
+    optimizer: torch.optim.Optimizer, old: Tensor, new: torch.nn.Parameter
+) -> None:
+    """Replace a parameter by one with more rows. The optimizer's state of these is 0."""
+    groups = optimizer.param_groups
+    if not any(parameter is old for group in groups for parameter in group["params"]):
+        raise ValueError("the optimizer does not have the centers of this loss")
+    state = dict(optimizer.state.get(old, {}))
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.ndim > 0:
+            if value.shape != old.shape:
+                raise ValueError(
+                    f"the optimizer's state {name} has shape {tuple(value.shape)}, and not"
+                    f" that of the centers, {tuple(old.shape)}"
+                )
+            state[name] = _with_zero_rows(value, len(new) - len(old))
+    for group in groups:
+        group["params"] = [new if p is old else p for p in group["params"]]
+    if optimizer.state.pop(old, None) is not None:
+        optimizer.state[new] = state
 
 
 def _with_zero_rows(tensor: Tensor, number: int) -> Tensor:

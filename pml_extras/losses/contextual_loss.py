@@ -93,7 +93,7 @@ class ContextualLoss(HyperparametersMixin, TensorLabelsMixin, BaseMetricLossFunc
         target_similarity: float = 0.25,
         **kwargs: Any,
     ) -> None:
-        _checks.count("num_neighbors", num_neighbors)
+        num_neighbors = _checks.count("num_neighbors", num_neighbors)
         _checks.non_negative(
             neighborhood_slack=neighborhood_slack,
             contextual_weight=contextual_weight,

@@ -59,7 +59,7 @@ class ContextualSimilarityMiner(HyperparametersMixin, TensorLabelsMixin, BaseMin
         filter_noise: bool = True,
         **kwargs: Any,
     ) -> None:
-        _checks.count("num_neighbors", num_neighbors)
+        num_neighbors = _checks.count("num_neighbors", num_neighbors)
         _checks.non_negative(margin=margin)
         super().__init__(**kwargs)
         self.num_neighbors = num_neighbors

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from pytorch_metric_learning.miners import MultiSimilarityMiner
 from pytorch_metric_learning.reducers import ClassWeightedReducer, DoNothingReducer
 from pytorch_metric_learning.regularizers import LpRegularizer, RegularFaceRegularizer
 from torch.nn.functional import normalize
+from torch.utils.checkpoint import checkpoint
 
 from helpers.state import same_state, state_of
 from pml_extras.losses import CenterContrastiveLoss
@@ -188,9 +190,21 @@ class TestForgottenOptimizerWarning:
 
     def test_warns_once_if_the_optimizer_was_forgotten(self, batch):
         loss_func = CenterContrastiveLoss(C, D)
-        with pytest.warns(UserWarning, match="have not moved: give loss.parameters") as record:
+        message = "have not moved in 100 training steps: give loss.parameters"
+        with pytest.warns(UserWarning, match=message) as record:
             self.train(loss_func, None, batch, steps=300)
         assert len(record) == 1
+
+    def test_warns_although_the_gradients_are_removed(self, batch):
+        loss_func = CenterContrastiveLoss(C, D)
+
+        def train():
+            for _ in range(110):
+                loss_func.zero_grad()
+                loss_func(*batch).backward()
+
+        with pytest.warns(UserWarning, match="have not moved"):
+            train()
 
     @pytest.mark.parametrize("foreach", [False, True])
     @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
@@ -240,9 +254,6 @@ class TestForgottenOptimizerWarning:
             self.train(frozen, None, (x, batch[1]))
             self.train(ema, None, (x, batch[1]))
             self.train(CenterContrastiveLoss(C, D).eval(), None, (x, batch[1]))
-            loss_func = CenterContrastiveLoss(C, D)
-            for _ in range(150):  # no backward
-                loss_func(*batch)
 
 
 @pytest.mark.parametrize("center_update", ["gradient", "ema"])
@@ -259,6 +270,19 @@ def test_an_empty_batch_has_zero_loss_and_changes_nothing(center_update):
 class TestEMA:
     def make_loss(self, **kwargs):
         return CenterContrastiveLoss(C, D, center_update="ema", **kwargs)
+
+    def test_activation_checkpointing_moves_the_centers_once(self, batch):
+        x, labels = batch
+        gradients, states = [], []
+        for checkpoints in (False, True):
+            loss_func, leaf = self.make_loss(), x.detach().clone().requires_grad_()
+            call = partial(checkpoint, loss_func, use_reentrant=False) if checkpoints else loss_func
+            call(leaf, labels).backward()
+            call(leaf, labels).backward()
+            gradients.append(leaf.grad)
+            states.append(state_of(loss_func))
+        assert torch.equal(*gradients)
+        assert same_state(*states)
 
     def test_centers_are_normalized_moving_averages(self, batch):
         x, labels = batch
@@ -385,9 +409,7 @@ class TestAddClasses:
             f.centers.grad = torch.ones_like(f.centers)
             f.centers.grad[C:] = 0
             o.step()
-        centers = grown.centers
         grown.add_classes(2, optimizers[1])
-        assert grown.centers is centers
         assert grown.centers.shape == (C + 2, D)
         with torch.no_grad():
             grown.centers[C:] = expected.centers[C:]
@@ -408,6 +430,31 @@ class TestAddClasses:
         assert loss_func.centers.grad[C].norm() > 0
         assert loss_func.get_logits(x).shape == (N, C + 1)
         assert "num_classes=8" in repr(loss_func)
+
+    def test_a_loop_that_keeps_the_last_loss_goes_on(self, batch):
+        x, labels = batch
+        loss_func = CenterContrastiveLoss(C, D)
+        optimizer = torch.optim.Adam(loss_func.parameters(), 0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss = loss_func(x, labels)  # keeps the graph, also across the next line
+            loss.backward()
+            optimizer.step()
+            before = loss_func.centers.detach().clone()
+            loss_func.add_classes(1, optimizer)
+            optimizer.zero_grad()
+        loss_func(x, labels).backward()
+        optimizer.step()
+        assert not torch.allclose(loss_func.centers[:-1], before)
+        with pytest.raises(ValueError, match="does not have the centers"):
+            loss_func.add_classes(1, torch.optim.SGD(CenterContrastiveLoss(C, D).parameters()))
+
+    def test_classes_added_in_inference_mode_are_trained(self, batch):
+        for mode in ("gradient", "ema"):
+            loss_func = CenterContrastiveLoss(C, D, center_update=mode)
+            with torch.inference_mode():
+                loss_func.add_classes(1)
+            loss_func(batch[0].requires_grad_(), batch[1]).backward()
 
     def test_ema_centers_and_counts_stay(self, batch):
         x, labels = batch
