@@ -87,7 +87,7 @@ def label_vote(
     has_evidence = (total > 0) & (class_sizes[target] > 1)
     margin = (target_votes - most_votes) / total
     is_outvoted = has_evidence & (margin < -TIE_TOLERANCE)
-    chance = (class_sizes[target] - 1).clamp_min(1) / max(n - 1, 1)
+    chance = (class_sizes[target] - 1).clamp_min(1).to(total.dtype) / max(n - 1, 1)
     return LabelVote(
         torch.where(has_evidence, target_votes / total / chance, 1),
         torch.where(is_outvoted | (has_evidence & (margin > 0)), margin, 0),

@@ -158,7 +158,7 @@ def contextual_rerank(
     k = min(k, num_references)
     normalized = normalize(query.detach()).to(index.embeddings.dtype)
     c = min(max(k, num_candidates, num_neighbors), num_references)
-    if exclude is not None:
+    if exclude is not None and len(query) > 0:
         found = _search_allowed(normalized, index.embeddings, c, exclude, query_indices)
         similarity, candidates = found
     elif query_indices is not None and index.candidates.shape[1] >= c:
@@ -224,13 +224,15 @@ def _search_allowed(
     query_indices: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`knn_search`, without the excluded references, whose similarity is -inf."""
+    if isinstance(exclude, Tensor) and len(exclude) != len(query):
+        raise ValueError(f"exclude must have {len(query)} rows, one per query, got {len(exclude)}")
     found = []
     for rows in row_chunks(len(query), len(references), CHUNK_NUMEL):
         excluded = exclude[rows] if isinstance(exclude, Tensor) else exclude(rows)
-        if excluded.shape != (len(query[rows]), len(references)):
+        if excluded.shape != (len(query[rows]), len(references)) or excluded.dtype != torch.bool:
             raise ValueError(
-                f"exclude must have shape ({len(query[rows])}, {len(references)}), got"
-                f" {tuple(excluded.shape)}"
+                f"exclude must be bool of shape ({len(query[rows])}, {len(references)}), got"
+                f" {excluded.dtype} of shape {tuple(excluded.shape)}"
             )
         similarity = query[rows] @ references.T
         if query_indices is not None:

@@ -56,8 +56,8 @@ class ContextualKNN(HyperparametersMixin):
     def __init__(
         self, *, num_neighbors: int = 20, num_candidates: int = 100, distance_weight: float = 0.3
     ) -> None:
-        _checks.count("num_neighbors", num_neighbors)
-        _checks.count("num_candidates", num_candidates)
+        num_neighbors = _checks.count("num_neighbors", num_neighbors)
+        num_candidates = _checks.count("num_candidates", num_candidates)
         _checks.in_range(0, 1, distance_weight=distance_weight)
         self.num_neighbors = num_neighbors
         self.num_candidates = num_candidates
@@ -92,7 +92,8 @@ class ContextualKNN(HyperparametersMixin):
         """
         query = _as_tensor(query)
         reference = None if reference is None else _as_tensor(reference)
-        k += ref_includes_query
+        exclude = exclude if callable(exclude) else _as_tensor(exclude)
+        k = _checks.count("k", k) + ref_includes_query
         if reference is not None:
             _check_references(reference, "reference")
             are_queries = ref_includes_query and len(query) == len(reference)
@@ -105,6 +106,11 @@ class ContextualKNN(HyperparametersMixin):
         else:
             raise ValueError("there are no references: pass some, or call train first")
         _checks.embeddings(query, index.embeddings.shape[1], "query", finite=True)
+        if ref_includes_query and len(query) > len(index.embeddings):
+            raise ValueError(
+                f"with ref_includes_query, the first {len(query)} references must be the queries,"
+                f" and there are {len(index.embeddings)}"
+            )
         query_index = torch.arange(len(query), device=query.device)
         distances, indices = contextual_rerank(
             query,

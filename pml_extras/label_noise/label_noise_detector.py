@@ -81,7 +81,7 @@ class LabelNoiseDetector(HyperparametersMixin, AccumulatorsMixin):
         super().__init__()
         codes, self._classes = _encode(labels)
         if num_neighbors is not None:
-            _checks.count("num_neighbors", num_neighbors)
+            num_neighbors = _checks.count("num_neighbors", num_neighbors)
             _warn_if_too_large(num_neighbors, codes)
         self.num_neighbors = num_neighbors
         self.register_buffer("label_codes", codes)
@@ -89,6 +89,14 @@ class LabelNoiseDetector(HyperparametersMixin, AccumulatorsMixin):
         self.register_buffer("num_updates", torch.tensor(0))
         self.register_buffer("scores", torch.ones(len(codes), dtype=accumulator_dtype()))
         self.register_buffer("vote_margins", torch.zeros(len(codes), dtype=accumulator_dtype()))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        saved, error_msgs = state_dict.get(f"{prefix}label_codes"), args[-1]
+        has_shape = saved is not None and saved.shape == self.label_codes.shape
+        if has_shape and not torch.equal(saved.to(self.label_codes), self.label_codes):
+            error_msgs.append("the saved labels are not the labels of this detector")
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def labels(self) -> Any:
@@ -141,22 +149,27 @@ class LabelNoiseDetector(HyperparametersMixin, AccumulatorsMixin):
 
         Args:
             path: the file to write. An existing file is replaced.
-            class_names: a name per label, if the labels are integers. Default: the labels.
-            sample_names: a name per sample, for example its file. Default: the indices.
+            class_names: a name per label 0, 1, ..., if the labels are integers. Default: the
+                labels.
+            sample_names: a name per sample, in the order of the labels, for example its file.
+                Default: the indices.
         """
-
-        def class_name(label: Any) -> Any:
-            return label if class_names is None else class_names[label]
-
         labels, suggested_labels = self.labels.tolist(), self.suggested_labels.tolist()
-        with open(path, "w", newline="", encoding="utf-8") as file:
+        if class_names is not None:
+            labels = _names_of(labels, class_names)
+            suggested_labels = _names_of(suggested_labels, class_names)
+        # As lists, because a pandas Series looks up names by its index.
+        samples = list(range(len(labels)) if sample_names is None else sample_names)
+        if len(samples) != len(labels):
+            raise ValueError(f"there are {len(samples)} sample_names for {len(labels)} samples")
+        scores, is_issue = self.scores.tolist(), self.is_issue.tolist()
+        # File names may have bytes that are not UTF-8.
+        with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.writer(file)
             writer.writerow(["sample", "label", "score", "suggested_label", "is_issue"])
             for i in self._order().tolist():
-                sample = i if sample_names is None else sample_names[i]
-                label, suggested = class_name(labels[i]), class_name(suggested_labels[i])
-                score, is_issue = f"{self.scores[i].item():.4g}", int(self.is_issue[i])
-                writer.writerow([sample, label, score, suggested, is_issue])
+                row = samples[i], labels[i], f"{scores[i]:.4g}", suggested_labels[i]
+                writer.writerow([*row, int(is_issue[i])])
 
     def end_of_epoch_hook(
         self,
@@ -179,6 +192,8 @@ class LabelNoiseDetector(HyperparametersMixin, AccumulatorsMixin):
             embeddings, labels = tester.get_all_embeddings(
                 dataset, trainer.models["trunk"], trainer.models["embedder"], collate_fn
             )
+            if labels.ndim == 2 and labels.shape[1] > 1:
+                labels = labels[:, tester.label_hierarchy_level]
             if not torch.equal(labels.flatten().to(self.label_codes), self.label_codes):
                 raise ValueError("the dataset's labels are not the labels of this detector")
             self.update(embeddings)
@@ -197,13 +212,33 @@ def _encode(labels: Any) -> tuple[Tensor, np.ndarray[Any, Any] | None]:
             "labels must be N integers or other sortable values,"
             f" got {values.dtype} of shape {values.shape}"
         )
+    if np.ma.is_masked(labels):
+        raise ValueError("labels must not be masked")
     if values.dtype.kind in "iu":
         return torch.tensor(values.astype(np.int64)), None
+    if any(map(_is_missing, np.asarray(labels, dtype=object))):
+        raise ValueError("labels must not be missing (None or NaN)")
     try:
         classes, codes = np.unique(values, return_inverse=True)
     except TypeError as error:
         raise ValueError(f"labels must be values that can be sorted: {error}") from error
     return torch.from_numpy(codes.astype(np.int64)), classes
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether it is None, NaN, NaT, or pandas' NA, whose comparison has no truth value."""
+    try:
+        return value is None or bool(value != value)
+    except TypeError:
+        return True
+
+
+def _names_of(labels: Sequence[Any], class_names: Sequence[str]) -> list[str]:
+    names = list(class_names)
+    for label in labels:
+        if not (isinstance(label, int) and 0 <= label < len(names)):
+            raise ValueError(f"there are {len(names)} class_names and none for the label {label!r}")
+    return [names[label] for label in labels]
 
 
 def _warn_if_too_large(num_neighbors: int, codes: Tensor) -> None:

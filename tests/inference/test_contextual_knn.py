@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from pytorch_metric_learning.distances import CosineSimilarity
@@ -130,7 +131,30 @@ def test_excludes_references_of_a_query():
     assert not exclude.gather(1, indices).any()
     knn = ContextualKNN(num_neighbors=8)
     knn.train(x)
-    assert not exclude[:9].gather(1, knn(x[:9], 5, exclude=exclude[:9])[1]).any()
+    found = knn(x[:9], 5, exclude=exclude[:9])[1]
+    assert not exclude[:9].gather(1, found).any()
+    assert torch.equal(knn(x[:9].numpy(), 5, exclude=exclude[:9].numpy())[1], found)
+    assert knn(x[:0], 5, exclude=exclude[:0])[1].shape == (0, 5)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda knn, x: knn(x, 3, exclude=torch.zeros(9, 9).bool()),
+            "8 rows, one per query, got 9",
+        ),
+        (lambda knn, x: knn(x, 3, exclude=torch.zeros(8, 8)), "must be bool of shape"),
+        (lambda knn, x: knn(x, 3, exclude=torch.zeros(8, 7).bool()), r"\(8, 8\), got .*\(8, 7\)"),
+        (lambda knn, x: knn(x, -1), "k must be a whole number from 1 up, got -1"),
+        (lambda knn, x: knn(x, 3, x[:4], True), "the first 8 references must be the queries"),
+    ],
+)
+def test_invalid_calls_are_reported(call, message):
+    knn, x = ContextualKNN(num_neighbors=np.int64(4)), torch.randn(8, 6)
+    knn.train(x)
+    with pytest.raises(ValueError, match=message):
+        call(knn, x)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

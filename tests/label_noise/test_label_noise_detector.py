@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -62,10 +63,19 @@ def test_a_loaded_state_dict_continues_the_updates(labels):
     x, y = torch.randn(2, N, 4)
     expected = LabelNoiseDetector(labels, num_neighbors=6).update(x).update(y)
     saved = LabelNoiseDetector(labels, num_neighbors=6).update(x)
-    loaded = LabelNoiseDetector(torch.zeros(N, dtype=torch.long), num_neighbors=6)
+    loaded = LabelNoiseDetector(labels, num_neighbors=6)
     loaded.load_state_dict(saved.state_dict())
     loaded.update(y)
     assert same_state(state_of(loaded), state_of(expected))
+
+
+def test_a_state_of_other_labels_is_refused(labels):
+    saved = LabelNoiseDetector(labels, num_neighbors=6).update(embeddings(labels))
+    corrected = LabelNoiseDetector(labels.flip(0), num_neighbors=6)
+    before = state_of(corrected)
+    with pytest.raises(RuntimeError, match="the saved labels are not the labels of this detector"):
+        corrected.load_state_dict(saved.state_dict())
+    assert same_state(state_of(corrected), before)
 
 
 NAMES = np.array(["ant", "bee", "cat", "dog"])
@@ -93,6 +103,23 @@ def test_labels_may_be_strings_of_any_form(labels, form, tmp_path):
     resumed = LabelNoiseDetector(FORMS[form](NAMES[noisy_labels.numpy()]))
     resumed.load_state_dict(detector.state_dict())
     assert resumed.suggested_labels[3] == "dog"
+
+
+MISSING = {
+    "None in a list": ["a", "b", None] * 10,
+    "NaN in a list": ["a", "b", float("nan")] * 10,
+    "NaN in a Series of bools": pd.Series([True, False, float("nan")] * 10, dtype=object),
+    "NaN in an array of objects": np.array([float("nan"), 1.0, 2.0] * 10, object),
+    "NA in a Series": pd.Series(["a", None] * 10, dtype="string"),
+    "NaT": pd.Series(pd.to_datetime(["2020-01-01", None] * 10)),
+    "masked": np.ma.array([1, 2, 3], mask=[0, 1, 0]),
+}
+
+
+@pytest.mark.parametrize("given", MISSING.values(), ids=MISSING)
+def test_missing_labels_are_refused(given):
+    with pytest.raises(ValueError, match="labels must not be"):
+        LabelNoiseDetector(given)
 
 
 @pytest.mark.parametrize("form", [list, np.asarray, pd.Series, torch.tensor])
@@ -164,6 +191,51 @@ def test_writes_a_csv_table(labels, tmp_path):
     assert (tmp_path / "files.csv").read_text().splitlines()[1].startswith("3.png,0,")
 
 
+def test_names_in_the_table_go_by_position(labels, tmp_path):
+    detector = LabelNoiseDetector(labels).update(embeddings(labels))
+    names = pd.Series([f"caf\udce9 {i}" for i in range(N)]).sample(frac=1, random_state=0)
+    detector.to_csv(tmp_path / "labels.csv", sample_names=names, class_names=pd.Series(NAMES))
+    rows = list(csv.reader((tmp_path / "labels.csv").open()))[1:]
+    expected = {name.replace("\udce9", "\\udce9"): NAMES[i % 4] for i, name in enumerate(names)}
+    assert {row[0]: row[1] for row in rows} == expected
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"sample_names": ["x"] * (N - 1)}, "39 sample_names for 40 samples"),
+        ({"sample_names": ["x"] * (N + 1)}, "41 sample_names"),
+        ({"class_names": ["x"] * 3}, "3 class_names and none for the label 3"),
+    ],
+)
+def test_a_table_that_cannot_be_written_leaves_the_old_one(labels, tmp_path, kwargs, message):
+    (tmp_path / "labels.csv").write_text("old")
+    with pytest.raises(ValueError, match=message):
+        LabelNoiseDetector(labels).to_csv(tmp_path / "labels.csv", **kwargs)
+    with pytest.raises(ValueError, match="none for the label -1"):
+        LabelNoiseDetector(labels - 1).to_csv(tmp_path / "labels.csv", class_names=NAMES)
+    assert (tmp_path / "labels.csv").read_text() == "old"
+
+
+@pytest.mark.parametrize("num_neighbors", [np.int64(5), 5.0, torch.tensor(5)], ids=repr)
+def test_the_number_of_neighbors_may_be_a_number_of_another_type(labels, num_neighbors):
+    detector = LabelNoiseDetector(labels, num_neighbors=num_neighbors)
+    assert type(detector.num_neighbors) is int
+    detector.update(embeddings(labels))
+    with pytest.raises(ValueError, match="whole number"):
+        LabelNoiseDetector(labels, num_neighbors=True)
+
+
+def test_the_hook_takes_labels_of_the_testers_level(labels):
+    x = embeddings(labels)
+    dataset = TensorDataset(x, torch.stack([labels // 2, labels], dim=1))
+    detector = LabelNoiseDetector(labels)
+    tester = GlobalEmbeddingSpaceTester(dataloader_num_workers=0, label_hierarchy_level=1)
+    models = {"trunk": nn.Identity(), "embedder": nn.Identity()}
+    detector.end_of_epoch_hook(tester, dataset)(SimpleNamespace(models=models))
+    assert detector.num_updates == 1
+
+
 @pytest.mark.parametrize("hook_result", [None, False])
 def test_the_hook_updates_each_epoch_and_returns_the_result_of_the_next_hook(labels, hook_result):
     dataset = TensorDataset(embeddings(labels), labels)
@@ -215,7 +287,7 @@ def test_the_hook_needs_no_next_hook_and_checks_the_labels(labels):
         (torch.zeros(2, 3, dtype=torch.long), None, r"of shape \(2, 3\)"),
         ([["a"], ["b"]], None, r"of shape \(2, 1\)"),
         (None, None, r"of shape \(\)"),
-        (["a", None], None, "labels must be values that can be sorted"),
+        (np.array(["a", 1], object), None, "labels must be values that can be sorted"),
         (torch.arange(3), 0, "num_neighbors must be a whole number"),
     ],
 )
