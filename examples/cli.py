@@ -142,7 +142,7 @@ def pick_batch(args: argparse.Namespace, images: Images) -> tuple[int, int]:
                 "SmoothAPLoss of PML 2.9 is correct only for batches with as many classes as "
                 f"samples per class: --batch-size {m * m} for --samples-per-class {m}, not {batch}"
             )
-    m = m or (4 if num_classes >= 16 else 8)
+    m = m or max(2, min(4 if num_classes >= 16 else 8, len(images) // 2))
     batch = batch or m * min(128 // m, num_classes, len(images) // m)
     classes = batch // m
     if batch % m:

@@ -218,4 +218,6 @@ def _two_dimensions(embeddings: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _short(name: str, length: int = 22) -> str:
-    return name if len(name) <= length else f"…{name[1 - length :]}"
+    name = name if len(name) <= length else f"…{name[1 - length :]}"
+    # matplotlib reads $ as math, and leaves names with an underscore in front out of the legend.
+    return name.replace("$", r"\$").replace("_", " _", name.startswith("_"))

@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 from collections import Counter
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 
 # What Pillow may raise for a file that is broken, or no image, or too large.
 READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+
+TIFF_PHOTOMETRIC, TIFF_WHITE_IS_ZERO = 262, 0
 
 
 class UserError(Exception):
@@ -23,7 +27,8 @@ def read_image(path: Path, size: int) -> Tensor:
     """An image file as uint8 (3, size, size): upright, and on white where it is transparent."""
     try:
         with Image.open(path) as file:
-            image = to_rgb(ImageOps.exif_transpose(file)).resize((size, size))
+            ImageOps.exif_transpose(file, in_place=True)
+            image = to_rgb(file).resize((size, size))
     except READ_ERRORS as error:
         raise UserError(f"cannot read the image {path}: {error}") from error
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -31,8 +36,12 @@ def read_image(path: Path, size: int) -> Tensor:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB. Pillow's own conversion clips wider numbers to white or black."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        return from_array(np.asarray(image).astype(np.float64) / 257)  # 65535 / 257 = 255
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        pixels = np.asarray(image).astype(np.float64)
+        if image.format == "TIFF" and image.tag_v2.get(TIFF_PHOTOMETRIC) == TIFF_WHITE_IS_ZERO:
+            pixels = 65535 - pixels
+        pixels[pixels == image.info.get("transparency")] = 65535
+        return from_array(pixels / 257)  # 65535 / 257 = 255
     if image.mode in ("I", "F"):
         pixels = np.asarray(image)
         if image.mode == "F" and 0 <= pixels.min() and pixels.max() <= 1:
@@ -54,25 +63,50 @@ def from_array(pixels: np.ndarray) -> Image.Image:
 
 
 def readable_suffixes() -> set[str]:
-    """The suffixes of the formats that the installed Pillow reads, in lower case."""
+    """The suffixes of the image formats that the installed Pillow reads, in lower case."""
     Image.init()
-    return {s for s, name in Image.registered_extensions().items() if name in Image.OPEN} - {".pdf"}
+    # Pillow knows more formats than it reads without another program: EPS, and those of stubs.
+    readers = {
+        name: reader for name, (reader, _) in Image.OPEN.items() if name not in ("EPS", "MPEG")
+    }
+    return {
+        suffix
+        for suffix, name in Image.registered_extensions().items()
+        if name in readers and not is_stub(readers[name])
+    }
+
+
+def is_stub(reader: object) -> bool:
+    return isinstance(reader, type) and issubclass(reader, ImageFile.StubImageFile)
 
 
 def image_files(directory: Path, skipped: Counter[str]) -> list[Path]:
     """The images in a directory and its subdirectories. Counts the other files by suffix.
 
-    Hidden files are no images: macOS writes ``._x.png`` beside ``x.png``.
+    Hidden files are no images: macOS writes ``._x.png`` beside ``x.png``. Links to directories are
+    followed, but none twice.
     """
-    suffixes, found = readable_suffixes(), []
-    for path in sorted(directory.rglob("*")):
-        if is_hidden(path.relative_to(directory)) or not path.is_file():
-            continue
-        if path.suffix.lower() in suffixes:
-            found.append(path)
-        else:
-            skipped[path.suffix.lower() or path.name] += 1
-    return found
+    suffixes, found, visited = readable_suffixes(), [], set()
+    for folder, subfolders, names in os.walk(directory, onerror=refuse, followlinks=True):
+        visited.add(os.path.realpath(folder))
+        subfolders[:] = [
+            name
+            for name in subfolders
+            if not is_hidden(Path(name)) and os.path.realpath(Path(folder, name)) not in visited
+        ]
+        for name in names:
+            path = Path(folder, name)
+            if is_hidden(Path(name)):
+                continue
+            if path.suffix.lower() in suffixes and path.is_file():
+                found.append(path)
+            else:
+                skipped[path.suffix.lower() or path.name] += 1
+    return sorted(found)
+
+
+def refuse(error: OSError) -> NoReturn:
+    raise UserError(f"cannot read the directory {error.filename}: {error.strerror}") from error
 
 
 def list_skipped(skipped: Counter[str]) -> str:
@@ -81,7 +115,10 @@ def list_skipped(skipped: Counter[str]) -> str:
 
 
 def directories(root: Path) -> list[Path]:
-    return sorted(p for p in root.iterdir() if p.is_dir() and not is_hidden(p.relative_to(root)))
+    try:
+        return sorted(p for p in root.iterdir() if p.is_dir() and not is_hidden(Path(p.name)))
+    except OSError as error:
+        refuse(error)
 
 
 def is_hidden(path: Path) -> bool:

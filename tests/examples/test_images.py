@@ -41,6 +41,19 @@ def test_16_bit_grey(tmp_path, suffix):
     assert torch.equal(images.read_image(path, 4), expected.to(torch.uint8).expand(3, 4, 4))
 
 
+def test_16_bit_grey_of_other_forms(tmp_path):
+    values = (RAMP * 4369).astype(np.uint16)
+    image = Image.fromarray(values)
+    expected = torch.from_numpy(RAMP * 17).to(torch.uint8).expand(3, 4, 4)
+    image.save(tmp_path / "x.pgm")
+    assert torch.equal(images.read_image(tmp_path / "x.pgm", 4), expected)
+    image.save(tmp_path / "x.tif", tiffinfo={262: 0})  # 0 is white
+    assert torch.equal(images.read_image(tmp_path / "x.tif", 4), 255 - expected)
+    image.save(tmp_path / "x.png", transparency=0)
+    assert images.read_image(tmp_path / "x.png", 4)[0, 0, 0] == 255
+    assert torch.equal(images.read_image(tmp_path / "x.png", 4)[:, 1:], expected[:, 1:])
+
+
 def test_floats_from_0_to_1(tmp_path):
     path = saved(tmp_path / "float.tif", (RAMP / 15).astype(np.float32))
     expected = torch.from_numpy(RAMP * 17)
@@ -82,6 +95,15 @@ def test_exif_orientation(tmp_path, orientation):
     path = saved(tmp_path / "turned.png", stored, exif=exif)
     assert pixel(path) == [255, 255, 255]
     assert images.read_image(path, 4).sum() == 3 * 255
+
+
+def test_transparent_images_are_turned_too(tmp_path):
+    array = np.zeros((4, 4, 4), np.uint8)
+    array[0, :, 3] = 255  # the upper row is black, the rest is transparent
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    path = saved(tmp_path / "x.png", array, exif=exif)
+    assert images.read_image(path, 4)[0, :, 0].tolist() == [255, 255, 255, 0]
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
@@ -156,6 +178,38 @@ def test_all_suffixes_and_subdirectories_are_read(tmp_path):
     assert data.train.labels == [0] * 9 + [1] * 6
     assert data.train.names == ["a", "b"]
     assert {".avif", ".jp2", ".jfif", ".jpg", ".tiff"} - images.readable_suffixes() <= {".avif"}
+
+
+def test_links_to_directories_are_followed(tmp_path):
+    image_folder(tmp_path / "data")
+    (tmp_path / "elsewhere").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "elsewhere" / "x.png")
+    (tmp_path / "data" / "a" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "a" / "loop").symlink_to(tmp_path / "data" / "a")
+    (tmp_path / "data" / "a" / "broken.png").symlink_to(tmp_path / "nowhere.png")
+    skipped = Counter()
+    found = images.image_files(tmp_path / "data" / "a", skipped)
+    assert len(found) == 7
+    assert skipped == {".png": 1}
+
+
+def test_directories_that_cannot_be_read_are_refused(tmp_path, monkeypatch):
+    image_folder(tmp_path)
+
+    def scandir(path, original=os.scandir):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path)
+
+    (tmp_path / "a" / "closed").mkdir()
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=r"cannot read the directory .*closed: Permission denied"):
+        datasets.folder(tmp_path, 8)
+
+
+def test_formats_that_pillow_only_recognizes_are_skipped():
+    suffixes = images.readable_suffixes()
+    assert not suffixes & {".h5", ".hdf", ".mpg", ".grib", ".bufr", ".wmf", ".emf", ".eps", ".pdf"}
 
 
 def test_what_is_skipped_is_listed_in_one_line(tmp_path, capsys):
