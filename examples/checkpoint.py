@@ -10,14 +10,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import UserError
+from images import UserError
 from pytorch_metric_learning.trainers import BaseTrainer
-from torch import Tensor, nn
 
 from pml_extras.label_noise import LabelNoiseDetector
 
 RUN_STATE = ("config", "epoch", "seconds", "best", "history")
-STATEFUL_GROUPS = ("models", "optimizers", "loss_funcs", "mining_funcs")  # of a PML trainer
+STATEFUL_GROUPS = (
+    "models",
+    "optimizers",
+    "lr_schedulers",
+    "loss_funcs",
+    "mining_funcs",
+)  # of a PML trainer
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
@@ -70,13 +75,6 @@ def restore_run(
         detector.load_state_dict(saved["detector"])
     _set_random_state(saved["random"])
     return {key: saved[key] for key in RUN_STATE}
-
-
-def copy_weights(models: dict[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
-    return {
-        name: {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
-        for name, model in models.items()
-    }
 
 
 def seed_everything(seed: int) -> None:

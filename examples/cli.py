@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import sys
@@ -14,10 +15,16 @@ from typing import Any, NoReturn
 import checkpoint
 import datasets
 import methods
+import optimizers
+import protocols
 import torch
-from datasets import Images, UserError
+import trunks
+from images import UserError
 
-IMAGE_FILE_DATASETS = (*datasets.PML_LOADERS, "folder")
+from data import Samples
+
+DEFAULT_LR, PRETRAINED_LR = 1e-3, 1e-4
+IN_MEMORY = ("digits", "omniglot", "cifar100", "features")
 
 
 def call(run: Callable[[argparse.Namespace], None], arguments: Sequence[str] | None = None) -> int:
@@ -57,63 +64,150 @@ def at_least(kind: Callable[[str], Any], low: float, below: float = math.inf) ->
     return convert
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def option(text: str) -> tuple[str, Any]:
+    """An argument type: NAME=VALUE, where VALUE is a number, true, false, null or text."""
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"{text} is not NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="train.py",
         description="Train an embedding with pytorch-metric-learning and pml_extras, and report "
         "what it learned.",
     )
-    add = parser.add_argument
+    add = parser.add_argument_group("method").add_argument
     add("--loss", choices=methods.LOSSES, default="contextual", help="default: %(default)s")
     add("--loss-lr", type=at_least(float, 0), help="learning rate of the loss's own parameters")
+    add("--loss-options", nargs="+", type=option, default=[], metavar="NAME=VALUE",
+        help="arguments of the loss, such as pos_margin=0.9")  # fmt: skip
     add("--interfere", nargs="?", const=0.1, type=at_least(float, 0, 0.5), metavar="STRENGTH",
         help="add class interference regularization (default strength: 0.1)")  # fmt: skip
     add("--distill", choices=methods.TEACHERS, help="add self-distillation with this teacher")
     add("--miner", choices=methods.MINERS, default="none", help="default: %(default)s")
+
+    add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=datasets.NAMES, default="digits", help="default: %(default)s")
     add("--data-root", type=Path, metavar="DIR", default=os.environ.get(datasets.ROOT_VARIABLE),
-        help=f"directory of the dataset (default: ${datasets.ROOT_VARIABLE})")  # fmt: skip
+        help="directory of the dataset, or a CSV file with the columns path, label and, optional, "
+             f"split, for --dataset folder (default: ${datasets.ROOT_VARIABLE})")  # fmt: skip
     add("--download", action="store_true", help="download the dataset if it is missing")
-    add("--image-size", type=at_least(int, 8), help="resize image files (default: 128)")
+    add("--features", type=Path, metavar="FILE",
+        help="train only an embedder, on embeddings from anywhere: an npz file with embeddings, "
+             "labels and, optional, split")  # fmt: skip
     add("--label-noise", type=at_least(float, 0, 1), default=0.0, metavar="FRACTION",
         help="replace this fraction of the training labels by other classes")  # fmt: skip
     add("--check-labels", action="store_true",
         help="report training labels that are probably wrong: labels.csv, labels.png")  # fmt: skip
     add("--drop-label-issues", action="store_true",
-        help="--check-labels, and do not train on the reported images")  # fmt: skip
-    add("--epochs", type=at_least(int, 1), default=20, help="default: %(default)s")
-    add("--batch-size", type=at_least(int, 2), help="default: 128, or less if there are few images")
-    add("--samples-per-class", type=at_least(int, 2), help="images per class in a batch")
+        help="--check-labels, and do not train on the reported samples")  # fmt: skip
+    add("--workers", type=at_least(int, 0),
+        help="processes that decode images (default: up to 4 for image files)")  # fmt: skip
+
+    add = parser.add_argument_group("network").add_argument
+    add("--trunk", default="small", metavar="NAME", help=f"{trunks.NAMES} (default: %(default)s)")
+    add("--image-size", type=at_least(int, 8), help="in pixels; default: that of the trunk")
+    add("--random-weights", action="store_true", help="do not load pretrained weights")
+    add("--freeze-trunk", action="store_true", help="train only the embedder")
+    add("--train-from", metavar="BLOCK", help="freeze the trunk before this block: blocks.14")
+    add("--cache", metavar="BLOCK",
+        help="like --train-from; computes the activations before the block only once")  # fmt: skip
+    add("--cache-dir", type=Path, metavar="DIR", default=Path("runs/activations"),
+        help="default: %(default)s")  # fmt: skip
+    add("--freeze-norm", action="store_true",
+        help="keep the running statistics of the trunk's batch normalization")  # fmt: skip
     add("--embedding-size", type=at_least(int, 1), default=64, help="default: %(default)s")
-    add("--lr", type=at_least(float, 0), default=1e-3, help="default: %(default)s")
+    add("--init", choices=("pca", "random"),
+        help="of the embedder: principal components of the features (default for pretrained trunks "
+             "and features) or random")  # fmt: skip
+
+    add = parser.add_argument_group("training").add_argument
+    add("--protocol", choices=protocols.NAMES,
+        help="the published settings of the contextual loss for this dataset; other arguments "
+             "override them")  # fmt: skip
+    add("--epochs", type=at_least(int, 1), default=20, help="default: %(default)s")
+    add(
+        "--batch-size", type=at_least(int, 2), help="default: 128, or less if there are few samples"
+    )
+    add("--samples-per-class", type=at_least(int, 2), help="samples per class in a batch")
+    add("--lr", type=at_least(float, 0),
+        help=f"default: {DEFAULT_LR}, or {PRETRAINED_LR} for pretrained trunks")  # fmt: skip
+    add("--trunk-lr", type=at_least(float, 0), help="learning rate of the trunk (default: --lr)")
+    add("--weight-decay", type=at_least(float, 0), default=0.0, help="default: %(default)s")
+    add("--schedule", choices=optimizers.SCHEDULES, default="none",
+        help="of the learning rates; multistep: times 0.3 after 3/16, 6/16 and 9/16 of the epochs "
+             "(default: %(default)s)")  # fmt: skip
+    add("--warmup", type=at_least(int, 0), default=0, metavar="EPOCHS",
+        help="raise the learning rates from 0 in the first epochs")  # fmt: skip
     add("--seed", type=at_least(int, 0, 2**32), default=0, help="default: %(default)s")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
     add("--amp", action="store_true", help="run the network in bfloat16")
-    add("--workers", type=at_least(int, 0), default=0, help="processes that read image files")
+
+    add = parser.add_argument_group("results").add_argument
+    add("--rerank", action="store_true", help="also test with re-ranked neighbors")
     add("--out", type=Path, metavar="DIR", help="default: runs/DATASET-LOSS")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="continue the run in --out")
     start.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    args = parser.parse_args(arguments)
+    return parser
 
-    has_image_files = args.dataset in IMAGE_FILE_DATASETS
-    if args.image_size and not has_image_files:
-        raise UserError(f"--image-size is for image files; {args.dataset} has a fixed size")
-    if args.download and args.dataset in ("digits", "folder"):
-        raise UserError(f"--download: there is nothing to download for --dataset {args.dataset}")
-    if has_image_files:
-        args.image_size = args.image_size or 128
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    if args.protocol:
+        parser.set_defaults(**protocols.settings(args.protocol))
+        args = parser.parse_args(arguments)
+        protocols.check(args.protocol, args.dataset)
+    if args.features:
+        args.dataset, args.data_root = "features", args.features
+    check(args)
+
+    is_pretrained = args.trunk != "small"
+    if args.lr is None:
+        args.lr = PRETRAINED_LR if is_pretrained else DEFAULT_LR
+    if args.trunk_lr is None:
+        args.trunk_lr = args.lr
     if args.loss_lr is None:
         args.loss_lr = methods.LOSS_LR.get(args.loss, methods.DEFAULT_LOSS_LR)
+    if args.init is None:
+        args.init = "pca" if is_pretrained or args.features else "random"
+    if args.workers is None:
+        args.workers = 0 if args.dataset in IN_MEMORY else min(4, os.cpu_count() or 1)
+    args.loss_options = dict(args.loss_options)
     args.check_labels |= args.drop_label_issues
     args.out = args.out or Path("runs") / f"{args.dataset}-{args.loss}"
     return args
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuse arguments that do not go together."""
+    if args.trunk == "small" and args.dataset in IN_MEMORY and args.image_size:
+        raise UserError(f"--image-size: {args.dataset} has a fixed size for --trunk small")
+    if args.download and args.dataset not in datasets.DOWNLOADS:
+        raise UserError(f"--download: there is nothing to download for --dataset {args.dataset}")
+    if args.features:
+        for name in ("protocol", "train_from", "cache", "image_size", "freeze_trunk"):
+            if getattr(args, name):
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} is for images; --features has no images and no trunk")
+    if sum(map(bool, (args.freeze_trunk, args.train_from, args.cache))) > 1:
+        raise UserError("--freeze-trunk, --train-from and --cache exclude each other")
+    if args.warmup >= args.epochs:
+        raise UserError(f"--warmup {args.warmup} is not below --epochs {args.epochs}")
+
+
 def config(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments that decide the result: runs of the same configuration are equal."""
-    other = {"device", "out", "resume", "overwrite", "data_root", "download"}
-    if not args.distill:  # the weight of distillation grows with epoch / epochs
+    other = {"device", "out", "resume", "overwrite", "rerank"}
+    other |= {"data_root", "download", "features", "cache_dir"}
+    # The weight of distillation and the schedules depend on epoch / epochs.
+    if not args.distill and args.schedule == "none":
         other.add("epochs")
     return {key: value for key, value in vars(args).items() if key not in other}
 
@@ -129,7 +223,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_batch(args: argparse.Namespace, images: Images) -> tuple[int, int]:
+def pick_batch(args: argparse.Namespace, images: Samples) -> tuple[int, int]:
     """Batch size and samples per class, checked against the number of images and classes."""
     num_classes = len(set(images.labels))
     m, batch = args.samples_per_class, args.batch_size
@@ -157,7 +251,7 @@ def pick_batch(args: argparse.Namespace, images: Images) -> tuple[int, int]:
             f"there are {num_classes} in the training set"
         )
     if batch > len(images):
-        raise UserError(f"--batch-size {batch} is more than the {len(images)} training images")
+        raise UserError(f"--batch-size {batch} is more than the {len(images)} training samples")
     return batch, m
 
 

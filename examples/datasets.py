@@ -1,76 +1,36 @@
-"""One function per dataset. Each returns the images of the training classes and the images of the
-test classes, which do not overlap."""
+"""One function per dataset. Each returns samples to train on and samples to test on.
+
+Unless the user's own split says otherwise, the test classes are not in the training set.
+"""
 
 from __future__ import annotations
 
+import csv
 import io
 import pickle
-import shutil
-import socket
 import tarfile
-import urllib.request
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from images import UserError, directories, image_files, list_skipped, printable, read_image
+from downloads import fetch, fetch_with_pml
+from images import UserError, directories, image_files, list_skipped, printable
 from PIL import Image
 from pytorch_metric_learning import datasets as pml_datasets
 from sklearn.datasets import load_digits
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
+
+from data import Data, Samples, split_classes
 
 OMNIGLOT_URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
 CIFAR100_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
-
-
-@dataclass(frozen=True)
-class Images(Dataset[tuple[Tensor, int]]):
-    """Labeled images, in memory or in files. `labels` are indices into `names`."""
-
-    source: Tensor | Sequence[Path]  # uint8 (N, channels, height, width), or a file per image
-    labels: list[int]
-    names: list[str]
-    size: int  # height and width in pixels
-    flip: bool = False  # mirror each image with probability 0.5
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = self.picture(index).float() / 127.5 - 1
-        if self.flip and torch.rand(()) < 0.5:
-            image = image.flip(-1)
-        return image, self.labels[index]
-
-    @property
-    def channels(self) -> int:
-        return self.source.shape[1] if isinstance(self.source, Tensor) else 3
-
-    def picture(self, index: int) -> Tensor:
-        """One image as uint8 (channels, height, width)."""
-        if isinstance(self.source, Tensor):
-            return self.source[index]
-        return read_image(self.source[index], self.size)
-
-    def subset(self, indices: Sequence[int]) -> Images:
-        labels = [self.labels[i] for i in indices]
-        if isinstance(self.source, Tensor):
-            return replace(self, source=self.source[torch.tensor(indices)], labels=labels)
-        return replace(self, source=[self.source[i] for i in indices], labels=labels)
-
-
-@dataclass(frozen=True)
-class Data:
-    train: Images
-    test: Images  # of classes that are not in `train`
-    mirrored: bool  # whether mirroring an image keeps its class
 
 
 def digits() -> Data:
@@ -83,19 +43,18 @@ def digits() -> Data:
     bunch = load_digits()
     pixels = torch.from_numpy((bunch.images * 255 / 16).round().astype(np.uint8))[:, None]
     names = [str(i) for i in range(10)]
-    data = _split(pixels, bunch.target, names, bunch.target >= 5, mirrored=False)
+    data = split_classes(pixels, bunch.target, bunch.target >= 5, names)
     original = data.train
     assert isinstance(original.source, Tensor)
     rotated = [original.source.rot90(turns, (2, 3)) for turns in range(4)]
     transformed = rotated + [images.flip(3) for images in rotated]
     views = [f"{90 * i}°{mirrored}" for mirrored in ("", ", mirrored") for i in range(4)]
-    train = Images(
+    train = Samples(
         source=torch.cat(transformed),
         labels=[label + 5 * view for view in range(8) for label in original.labels],
         names=[f"{name} at {view}" for view in views for name in original.names],
-        size=original.size,
     )
-    return Data(train, data.test, mirrored=False)
+    return Data(train, data.test)
 
 
 def omniglot(root: Path, download: bool = False) -> Data:
@@ -108,13 +67,13 @@ def omniglot(root: Path, download: bool = False) -> Data:
     if packed.is_file():
         arrays = _npz(packed, "x", "y", "is_eval", "class_names")
         pixels = torch.from_numpy(arrays["x"])[:, None]
-        return _split(pixels, arrays["y"], arrays["class_names"], arrays["is_eval"] > 0, False)
+        return split_classes(pixels, arrays["y"], arrays["is_eval"], arrays["class_names"])
 
     pixels, labels, names = [], [], []
     parts = [("images_background", False), ("images_evaluation", True)]
     for part, _ in parts:
         if not (root / part).is_dir() and not (root / f"{part}.zip").is_file():
-            _fetch(f"{OMNIGLOT_URL}/{part}.zip", root / f"{part}.zip", "omniglot", download)
+            fetch(f"{OMNIGLOT_URL}/{part}.zip", root / f"{part}.zip", "omniglot", download)
     is_test = []
     for part, is_evaluation in parts:
         classes: dict[str, int] = {}
@@ -132,7 +91,7 @@ def omniglot(root: Path, download: bool = False) -> Data:
             f"omniglot: no alphabet/character/*.png under {root / parts[any(is_test)][0]}"
         )
     stacked = torch.from_numpy(np.stack(pixels))[:, None]
-    return _split(stacked, np.array(labels), names, np.array(is_test), False)
+    return split_classes(stacked, labels, is_test, names)
 
 
 def cifar100(root: Path, download: bool = False) -> Data:
@@ -150,7 +109,7 @@ def cifar100(root: Path, download: bool = False) -> Data:
         images, names = torch.from_numpy(pixels).permute(0, 3, 1, 2), arrays["class_names"]
     else:
         if not folder.is_dir() and not archive.is_file():
-            _fetch(CIFAR100_URL, archive, "cifar100", download)
+            fetch(CIFAR100_URL, archive, "cifar100", download)
         try:
             train, test, meta = (
                 _cifar_pickle(folder, archive, n) for n in ("train", "test", "meta")
@@ -161,7 +120,7 @@ def cifar100(root: Path, download: bool = False) -> Data:
             images = torch.from_numpy(pixels.reshape(-1, 3, 32, 32))
         except (OSError, KeyError, ValueError, pickle.UnpicklingError, tarfile.TarError) as error:
             raise UserError(f"cifar100: cannot read the files under {root}: {error}") from error
-    return _split(images, labels, names, labels >= 50, True)
+    return split_classes(images, labels, labels >= 50, names, mirrored=True)
 
 
 PML_LOADERS: dict[str, Callable[..., Any]] = {
@@ -170,9 +129,14 @@ PML_LOADERS: dict[str, Callable[..., Any]] = {
     "sop": pml_datasets.StanfordOnlineProducts,
     "inaturalist": pml_datasets.INaturalist2018,
 }
+PACKED = {"cub": "cub200_2010_crop160.npz", "cars196": "cars196_crop160.npz"}
+PACKED_NOTES = {
+    "cub": "the first edition of CUB (2010), cropped to the birds",
+    "cars196": "only the official training images of Cars196, cropped to the cars",
+}
 
 
-def from_pml(name: str, root: Path, image_size: int, download: bool = False) -> Data:
+def from_pml(name: str, root: Path, download: bool = False) -> Data:
     """The datasets for which PML has loaders, with the loaders' split into classes.
 
     `root`/`name` (if that directory exists) or `root` contains the unpacked archive of the authors.
@@ -180,7 +144,7 @@ def from_pml(name: str, root: Path, image_size: int, download: bool = False) -> 
     loader = PML_LOADERS[name]
     folder = root / name
     if download and not folder.exists():
-        _fetch_with_pml(loader, folder, name)
+        fetch_with_pml(loader, folder, name)
     if not folder.is_dir():
         folder = root
     try:
@@ -191,151 +155,192 @@ def from_pml(name: str, root: Path, image_size: int, download: bool = False) -> 
         ) from error
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise UserError(f"{name}: cannot read the files in {folder}: {error}") from error
-    train, test = (_from_files(split.paths, split.labels, image_size) for split in splits)
-    return Data(train, test, mirrored=True)
+    files = [Path(path) for split in splits for path in split.paths]
+    labels = np.concatenate([np.asarray(split.labels) for split in splits])
+    is_test = np.repeat([False, True], [len(split.paths) for split in splits])
+    directory = {label: path.parent.name for label, path in zip(labels, files, strict=True)}
+    shared = Counter(directory.values())  # SOP has many products per directory
+    names = {k: d if shared[d] == 1 else f"{d} {k}" for k, d in directory.items()}
+    return split_classes(files, labels, is_test, names, mirrored=True)
 
 
-def folder(root: Path, image_size: int) -> Data:
-    """A dataset with one directory of images per class. Subdirectories belong to the class.
+def packed(path: Path) -> Data:
+    """An npz file of encoded images.
 
-    If `root` contains `train` and `test` (or `val`), these contain the training and test classes.
-    Otherwise the first half of the directories in sorted order (rounded up) is to train and the
-    rest to test.
+    jpeg: uint8, all image files end to end. offset: (n + 1,), where each begins, and the end.
+    y: (n,) classes from 0. is_test: (n,). class_names: optional.
     """
-    held_out = next((n for n in ("test", "val", "valid", "validation") if (root / n).is_dir()), "")
-    if (root / "train").is_dir() and held_out:
-        train, test = directories(root / "train"), directories(root / held_out)
-        shared = sorted({p.name for p in train} & {p.name for p in test})
-        if shared:
-            raise UserError(
-                f"folder: class {shared[0]} is in both train/ and {held_out}/ of {root}; the test "
-                "classes must not be in the training set: put the directories of all classes into "
-                "one directory, whose second half is then the test set"
-            )
-    else:
-        classes = directories(root)
-        half = (len(classes) + 1) // 2
-        train, test = classes[:half], classes[half:]
+    arrays = _npz(path, "jpeg", "offset", "y", "is_test", optional=["class_names"])
+    content, offset = arrays["jpeg"].tobytes(), arrays["offset"].tolist()
+    images = [content[start:end] for start, end in pairwise(offset)]
+    names = arrays.get("class_names")
+    return split_classes(images, arrays["y"], arrays["is_test"], names, mirrored=True, cropped=True)
 
-    skipped: Counter[str] = Counter()
-    files = {directory: image_files(directory, skipped) for directory in train + test}
-    for directory, found in files.items():
-        if not found:
-            raise UserError(f"folder: {directory} contains no images ({list_skipped(skipped)})")
-    if len(train) < 2 or len(test) < 2:
+
+def inshop(root: Path) -> Data:
+    """In-Shop Clothes Retrieval, with the authors' training set, queries and gallery.
+
+    `root` (or `root`/inshop) contains the authors' Img/img or img and list_eval_partition.txt. They
+    send the images on request.
+    """
+    root = root / "inshop" if (root / "inshop").is_dir() else root
+    lists = sorted(root.glob("**/list_eval_partition.txt"))
+    if not lists:
+        raise UserError(f"inshop: list_eval_partition.txt is missing under {root}")
+    rows = [line.split() for line in lists[0].read_text().splitlines()[2:] if line.strip()]
+    if not all(len(row) == 3 and row[2] in ("train", "query", "gallery") for row in rows):
         raise UserError(
-            f"folder: {len(train)} classes to train and {len(test)} to test under {root}; "
-            "each needs at least two directories of images"
+            f"inshop: {lists[0]} does not have the lines `image item train|query|gallery`"
         )
+    images = root / "Img" if (root / "Img").is_dir() else root
+    files = [images / path for path, *_ in rows]
+    parts = np.array([part for *_, part in rows])
+    items = [item for _, item, _ in rows]
+    data = split_classes(files, items, parts != "train", mirrored=True)
+    is_query = (parts[parts != "train"] == "query").tolist()
+    return replace(data, test=replace(data.test, is_query=is_query))
+
+
+def folder(root: Path) -> Data:
+    """Image files in one directory per class, or listed in a CSV file.
+
+    Subdirectories belong to the class. If `root` contains `train` and `test` (or `val`), these
+    contain the training and test images. Otherwise the first half of the directories in sorted
+    order (rounded up) is to train and the rest to test.
+    """
+    if root.is_file():
+        return _from_csv(root)
+    held_out = next((n for n in ("test", "val", "valid", "validation") if (root / n).is_dir()), "")
+    has_split = (root / "train").is_dir() and bool(held_out)
+    parts = [root / "train", root / held_out] if has_split else [root]
+    skipped: Counter[str] = Counter()
+    files, labels, is_test = [], [], []
+    for index, part in enumerate(parts):
+        for directory in directories(part):
+            found = image_files(directory, skipped)
+            if not found:
+                raise UserError(f"folder: {directory} contains no images ({list_skipped(skipped)})")
+            files += found
+            labels += [printable(directory.name)] * len(found)
+            is_test += [index == 1] * len(found)
     if skipped:
         print(f"folder: {list_skipped(skipped)}")
+    return split_classes(files, labels, is_test if has_split else None, mirrored=True)
 
-    def read(classes: list[Path]) -> Images:
-        paths = [path for directory in classes for path in files[directory]]
-        labels = [label for label, directory in enumerate(classes) for _ in files[directory]]
-        return Images(paths, labels, [printable(d.name) for d in classes], image_size)
 
-    return Data(read(train), read(test), mirrored=True)
+def _from_csv(path: Path) -> Data:
+    """The columns path (relative to the CSV file), label and, optional, split: train or test."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"folder: cannot read {path}: {error}") from error
+    columns = rows[0].keys() if rows else []
+    if not {"path", "label"} <= set(columns):
+        raise UserError(
+            f"folder: {path} needs a header with the columns path, label and, optional, split; it "
+            f"has {', '.join(map(str, columns)) or 'no rows'}"
+        )
+    files = [path.parent / row["path"] for row in rows]
+    is_test = _is_test([row["split"] for row in rows], path) if "split" in columns else None
+    return split_classes(files, [row["label"] for row in rows], is_test, mirrored=True)
+
+
+def _is_test(split: Sequence[Any] | np.ndarray, path: Path) -> np.ndarray:
+    """From the values of a split: train, or one of test, val, query and so on."""
+    values = np.array([str(value).strip().lower() for value in split])
+    is_train = np.isin(values, ["train", "0", "false"])
+    is_test = np.isin(values, ["test", "val", "valid", "validation", "1", "true"])
+    if not (is_train | is_test).all():
+        raise UserError(
+            f"{path}: the split {values[~(is_train | is_test)][0]!r} is not train or test"
+        )
+    return is_test
+
+
+def features(path: Path) -> Data:
+    """Embeddings from anywhere: an npz file with `embeddings`, `labels` and, optional, `split`.
+
+    embeddings: (n, width). labels: (n,) numbers or strings. split: (n,) train or test, or the same
+    as 0 or 1.
+    """
+    arrays = _npz(path, "embeddings", "labels", optional=["split"])
+    embeddings, labels = arrays["embeddings"], arrays["labels"]
+    if embeddings.ndim != 2 or not np.issubdtype(embeddings.dtype, np.number):
+        raise UserError(
+            f"{path}: embeddings must be numbers (n, width), not {embeddings.dtype} "
+            f"{embeddings.shape}"
+        )
+    split = arrays.get("split")
+    for name, array in (("labels", labels), ("split", split)):
+        if array is not None and array.shape != embeddings.shape[:1]:
+            raise UserError(f"{path}: {name} must be ({len(embeddings)},), not {array.shape}")
+    if not np.isfinite(embeddings).all():
+        row = int(np.flatnonzero(~np.isfinite(embeddings).all(1))[0])
+        raise UserError(f"{path}: the embedding at row {row} is not finite")
+    is_test = None if split is None else _is_test(split, path)
+    return split_classes(torch.from_numpy(embeddings).float(), labels, is_test)
 
 
 ROOT_VARIABLE = "PML_EXTRAS_DATA"
-NAMES = ["digits", "omniglot", "cifar100", *PML_LOADERS, "folder"]
+NAMES = ["digits", "omniglot", "cifar100", *PML_LOADERS, "inshop", "folder"]
+DOWNLOADS = ["omniglot", "cifar100", *PML_LOADERS]
 
 
-def load(name: str, root: Path | None, image_size: int, download: bool = False) -> Data:
-    """Load a dataset, and check that every file exists and every class has at least two images."""
+def load(name: str, root: Path | None, download: bool = False) -> Data:
+    """Load a dataset, and check that every file exists and every class has at least two samples."""
     if name == "digits":
         return digits()
     if root is None:
         raise UserError(
             f"--dataset {name} needs --data-root DIR, or {ROOT_VARIABLE}=DIR in the environment"
         )
-    if not root.is_dir() and not (download and name != "folder"):
-        raise UserError(f"there is no directory {root} (--data-root or {ROOT_VARIABLE})")
-    if name == "omniglot":
-        data = omniglot(root, download)
-    elif name == "cifar100":
-        data = cifar100(root, download)
-    elif name == "folder":
-        data = folder(root, image_size)
+    is_file = name == "features" or (name == "folder" and root.suffix.lower() == ".csv")
+    if not (root.is_file() if is_file else root.is_dir() or download):
+        kind = "file" if is_file else "directory"
+        raise UserError(f"there is no {kind} {root} (--data-root or {ROOT_VARIABLE})")
+    if name in PML_LOADERS:
+        file = root / PACKED.get(name, "-")
+        data = (
+            replace(packed(file), note=PACKED_NOTES[name])
+            if file.is_file()
+            else from_pml(name, root, download)
+        )
+    elif name in DOWNLOADS:
+        data = {"omniglot": omniglot, "cifar100": cifar100}[name](root, download)
     else:
-        data = from_pml(name, root, image_size, download)
-    for images in (data.train, data.test):
-        counts = Counter(images.labels)
-        too_small = [name for label, name in enumerate(images.names) if counts[label] < 2]
-        if too_small:
-            raise UserError(
-                f"class {too_small[0]} has one image; every class needs at least two"
-                + (f" ({len(too_small)} classes have one)" if len(too_small) > 1 else "")
-            )
-        if not isinstance(images.source, Tensor):
-            missing = next((path for path in images.source if not path.is_file()), None)
-            if missing:
-                raise UserError(f"{name}: the image {missing} is missing")
+        data = {"inshop": inshop, "folder": folder, "features": features}[name](root)
+    for samples in (data.train, data.test):
+        check(name, samples)
     return data
 
 
-def hold_out(images: Images) -> tuple[Images, Images]:
-    """Split into training and validation images: every fifth image of each class is held out.
-
-    At least two images per class are held out, because one image has nothing to retrieve. A class
-    of two or three images has none held out, because training needs pairs too.
-    """
-    indices_by_class: dict[int, list[int]] = {}
-    for index, label in enumerate(images.labels):
-        indices_by_class.setdefault(label, []).append(index)
-    held_out: set[int] = set()
-    for indices in indices_by_class.values():
-        if len(indices) >= 10:
-            held_out.update(indices[4::5])
-        elif len(indices) >= 4:
-            held_out.update(indices[-2:])
-    if not held_out:
-        raise UserError("no training class has four images: nothing to hold out for validation")
-    kept = [i for i in range(len(images)) if i not in held_out]
-    return images.subset(kept), images.subset(sorted(held_out))
-
-
-def with_label_noise(images: Images, fraction: float, seed: int) -> Images:
-    """Replace this fraction of the labels by another class, drawn uniformly."""
-    generator = np.random.default_rng(seed)
-    labels, num_classes = np.array(images.labels), len(images.names)
-    wrong = generator.permutation(len(labels))[: round(fraction * len(labels))]
-    labels[wrong] = (labels[wrong] + generator.integers(1, num_classes, len(wrong))) % num_classes
-    return replace(images, labels=labels.tolist())
-
-
-def _split(
-    pixels: Tensor, labels: np.ndarray, names: Iterable[str], is_test: np.ndarray, mirrored: bool
-) -> Data:
-    names = [str(name) for name in names]
-
-    def part(mask: np.ndarray) -> Images:
-        present, relabeled = np.unique(labels[mask], return_inverse=True)
-        return Images(
-            source=pixels[torch.from_numpy(mask)],
-            labels=relabeled.tolist(),
-            names=[names[label] for label in present],
-            size=pixels.shape[-1],
+def check(name: str, samples: Samples) -> None:
+    if len(samples.names) < 2:
+        raise UserError(
+            f"{name}: the training set and the test set need at least two classes each; one has "
+            f"{len(samples.names)}"
         )
+    counts = Counter(samples.labels)
+    too_small = [name for label, name in enumerate(samples.names) if counts[label] < 2]
+    if too_small:
+        raise UserError(
+            f"class {too_small[0]} has one sample; every class needs at least two"
+            + (f" ({len(too_small)} classes have one)" if len(too_small) > 1 else "")
+        )
+    if not isinstance(samples.source, Tensor):
+        files = (file for file in samples.source if isinstance(file, Path))
+        missing = next((path for path in files if not path.is_file()), None)
+        if missing:
+            raise UserError(f"{name}: the image {missing} is missing")
 
-    return Data(part(~is_test), part(is_test), mirrored)
 
-
-def _from_files(paths: Sequence[str | Path], labels: Sequence[Any], image_size: int) -> Images:
-    files = [Path(path) for path in paths]
-    order = {label: index for index, label in enumerate(sorted(set(labels)))}
-    directory = {label: path.parent.name for label, path in zip(labels, files, strict=True)}
-    shared = Counter(directory.values())  # SOP has many products per directory
-    names = [d if shared[d] == 1 else f"{d} {label}" for label, d in sorted(directory.items())]
-    return Images(files, [order[label] for label in labels], names, image_size)
-
-
-def _npz(path: Path, *keys: str) -> dict[str, np.ndarray]:
+def _npz(path: Path, *keys: str, optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {key: file[key] for key in keys}
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            present = [key for key in optional if key in file]
+            return {key: file[key] for key in (*keys, *present)}
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot read {path}: {error}") from error
 
 
@@ -377,41 +382,3 @@ def _cifar_pickle(folder: Path, archive: Path, name: str) -> dict[bytes, Any]:
             data = member.read() if member else b""
     content: dict[bytes, Any] = _ArraysOnly(io.BytesIO(data), encoding="bytes").load()
     return content
-
-
-def _fetch(url: str, target: Path, name: str, download: bool) -> None:
-    if not download:
-        raise UserError(f"{name}: {target} is missing; add --download to fetch it from {url}")
-    partial = target.with_name(target.name + ".part")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            urllib.request.urlopen(url, timeout=30) as response,
-            open(partial, "wb") as file,
-            tqdm(total=response.length, unit="B", unit_scale=True, desc=target.name) as bar,
-        ):
-            while chunk := response.read(1 << 20):
-                file.write(chunk)
-                bar.update(len(chunk))
-        partial.replace(target)
-    except OSError as error:
-        raise UserError(f"{name}: could not download {url}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _fetch_with_pml(loader: Callable[..., Any], folder: Path, name: str) -> None:
-    # PML unpacks in place. An interrupted download must not look like a complete dataset.
-    partial = folder.with_name(folder.name + ".part")
-    shutil.rmtree(partial, ignore_errors=True)
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        loader(root=str(partial), split="train", download=True)
-        partial.replace(folder)
-    except (OSError, ValueError, EOFError, tarfile.TarError, zipfile.BadZipFile) as error:
-        raise UserError(f"{name}: PML's loader could not download it: {error}") from error
-    finally:
-        socket.setdefaulttimeout(timeout)
-        shutil.rmtree(partial, ignore_errors=True)

@@ -14,21 +14,19 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from datasets import Images
 from matplotlib.axes import Axes
+from metrics import METRICS
 from sklearn.manifold import TSNE
+from sklearn.metrics import roc_auc_score
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from data import Samples
 from pml_extras.label_noise import LabelNoiseDetector
 
 RIGHT, WRONG, INK, MUTED = "#2a9d4a", "#d1343f", "#222222", "#777777"
-METRICS = {
-    "precision_at_1": "precision@1",
-    "r_precision": "R-precision",
-    "mean_average_precision_at_r": "MAP@R",
-}
-PRIMARY_METRIC = "mean_average_precision_at_r"
+COLORS = ("#4878cf", "#e8872b", "#6a3d9a")
+TILE_PIXELS = 160
 STYLE = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -47,7 +45,6 @@ STYLE = {
 
 def training_curves(path: Path, history: Sequence[dict[str, Any]], best_epoch: int) -> None:
     """Training loss and validation accuracy of each epoch."""
-    epochs = [row["epoch"] for row in history]
     trained = [row for row in history if row["epoch"] > 0]
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
@@ -58,14 +55,22 @@ def training_curves(path: Path, history: Sequence[dict[str, Any]], best_epoch: i
             marker=".",
         )
         left.set(title="Training loss", xlabel="epoch", ylabel="mean loss of the epoch")
-        for (key, label), color in zip(
-            METRICS.items(), ("#4878cf", "#e8872b", "#6a3d9a"), strict=True
-        ):
-            right.plot(epochs, [row[key] for row in history], color=color, marker=".", label=label)
-        right.axvline(best_epoch, color=MUTED, linestyle=":", label=f"best: epoch {best_epoch}")
-        right.set(title="Validation (held-out images of training classes)", xlabel="epoch")
-        right.set_ylabel("accuracy")
-        right.legend(frameon=True, framealpha=0.9, edgecolor="none")
+        validated = [row for row in history if METRICS.keys() <= row.keys()]
+        for (key, label), color in zip(METRICS.items(), COLORS, strict=True):
+            right.plot(
+                [row["epoch"] for row in validated],
+                [row[key] for row in validated],
+                color=color,
+                marker=".",
+                label=label,
+            )
+        right.set(xlabel="epoch", ylabel="accuracy")
+        if validated:
+            right.set_title("Validation (held-out samples of training classes)")
+            right.axvline(best_epoch, color=MUTED, linestyle=":", label=f"best: epoch {best_epoch}")
+            right.legend(frameon=True, framealpha=0.9, edgecolor="none")
+        else:
+            right.set_title("No validation set")
         for axes in (left, right):
             axes.xaxis.get_major_locator().set_params(integer=True)
         figure.savefig(path)
@@ -73,7 +78,7 @@ def training_curves(path: Path, history: Sequence[dict[str, Any]], best_epoch: i
 
 
 def retrieval_board(
-    path: Path, images: Images, before: Tensor, after: Tensor, seed: int, rows: int = 8, k: int = 5
+    path: Path, images: Samples, before: Tensor, after: Tensor, seed: int, rows: int = 8, k: int = 5
 ) -> None:
     """Random queries with their nearest images before and after training, right or wrong.
 
@@ -89,7 +94,7 @@ def retrieval_board(
         figure = plt.figure(figsize=(0.8 * width, 0.8 * (len(queries) + 1.1)))
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set_axis_off()
-        axes.text(0.05, -0.6, "Unseen classes: random queries with a wrong neighbor before or "
+        axes.text(0.05, -0.6, "Test samples: random queries with a wrong neighbor before or "
                   "after training", color=MUTED)  # fmt: skip
         axes.text(0.05, -0.15, "query", weight="bold", size=11)
         for x, when, _ in blocks:
@@ -108,7 +113,7 @@ def retrieval_board(
 
 
 def label_board(
-    path: Path, images: Images, detector: LabelNoiseDetector, rows: int = 8, k: int = 5
+    path: Path, images: Samples, detector: LabelNoiseDetector, rows: int = 8, k: int = 5
 ) -> None:
     """The most suspicious images, each with images of its labeled class and its suggested class."""
     issues = detector.find_label_issues()[:rows].tolist()
@@ -144,9 +149,9 @@ def label_board(
 
 
 def embedding_map(
-    path: Path, images: Images, before: Tensor, after: Tensor, seed: int, max_classes: int = 10
+    path: Path, images: Samples, before: Tensor, after: Tensor, seed: int, max_classes: int = 10
 ) -> None:
-    """Up to ten unseen classes in two dimensions (t-SNE of cosine distances), before and after."""
+    """Up to ten test classes in two dimensions (t-SNE of cosine distances), before and after."""
     generator = np.random.default_rng(seed)
     labels = np.array(images.labels)
     classes = np.unique(labels)
@@ -168,13 +173,44 @@ def embedding_map(
             axes.spines[:].set_visible(True)
         figure.legend(*both[0].get_legend_handles_labels(), loc="outside lower center",
                       ncols=5, markerscale=2)  # fmt: skip
-        figure.suptitle(f"{len(classes)} unseen classes, t-SNE of {len(chosen)} images")
+        figure.suptitle(f"{len(classes)} test classes, t-SNE of {len(chosen)} samples")
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def similarity_distributions(
+    path: Path, images: Samples, before: Tensor, after: Tensor, seed: int, max_samples: int = 2000
+) -> None:
+    """Cosine similarities of pairs of test samples: of the same class, and of different classes."""
+    chosen = np.random.default_rng(seed).permutation(len(images))[:max_samples]
+    labels = torch.tensor(images.labels)[chosen]
+    first, second = torch.triu_indices(len(labels), len(labels), offset=1)
+    is_positive = labels[first] == labels[second]
+    with plt.rc_context(STYLE):
+        figure, both = plt.subplots(
+            1, 2, figsize=(10, 3.6), layout="constrained", sharex=True, sharey=True
+        )
+        for axes, when, embeddings in zip(both, ("Before", "After"), (before, after), strict=True):
+            normalized = torch.nn.functional.normalize(embeddings[chosen].float())
+            similarity = (normalized @ normalized.T)[first, second].clamp(-1, 1)
+            for mask, color, label in (
+                (~is_positive, WRONG, "different classes"),
+                (is_positive, RIGHT, "same class"),
+            ):
+                axes.hist(similarity[mask].numpy(), bins=np.linspace(-1, 1, 101), density=True,
+                          color=color, alpha=0.55, label=label)  # fmt: skip
+            auc = roc_auc_score(is_positive.numpy(), similarity.numpy())
+            axes.set(title=f"{when} training (AUC {auc:.3f})", xlabel="cosine similarity of a pair")
+        both[0].set(ylabel="density", yticks=[])
+        low = min(float((e[chosen] @ e[chosen].T).min()) for e in (before, after))
+        both[0].set_xlim(max(-1.0, low), 1)
+        both[0].legend(loc="upper left")
         figure.savefig(path)
         plt.close(figure)
 
 
 def _informative_queries(
-    images: Images, before: Tensor, after: Tensor, seed: int, rows: int, k: int
+    images: Samples, before: Tensor, after: Tensor, seed: int, rows: int, k: int
 ) -> list[int]:
     """Random queries, those with a wrong neighbor first, and from as many classes as possible."""
     candidates = np.random.default_rng(seed).permutation(len(images))[:500].tolist()
@@ -197,15 +233,23 @@ def _nearest(embeddings: Tensor, queries: Sequence[int], k: int) -> Tensor:
     return similarity.topk(k).indices
 
 
-def _tile(axes: Axes, images: Images, index: int, x: float, y: float, frame: str | None) -> None:
-    picture = images.picture(index).permute(1, 2, 0).numpy()
+def _tile(axes: Axes, images: Samples, index: int, x: float, y: float, frame: str | None) -> None:
+    picture = images.picture(index)
+    picture.thumbnail((TILE_PIXELS, TILE_PIXELS))
+    pixels = np.asarray(picture)
     edges = (x + 0.05, x + 0.95, y + 0.95, y + 0.05)
-    if picture.shape[2] == 1:  # dark on white
-        axes.imshow(picture[..., 0], cmap="gray_r", vmin=0, vmax=255, extent=edges, aspect="auto")
-    else:
-        axes.imshow(picture, extent=edges, aspect="auto")
+    gray = {"cmap": "gray_r", "vmin": 0, "vmax": 255} if pixels.ndim == 2 else {}  # dark on white
+    axes.imshow(fit(pixels), extent=edges, aspect="auto", **gray)
     if frame:
         axes.add_patch(plt.Rectangle((x + 0.05, y + 0.05), 0.9, 0.9, fill=False, ec=frame, lw=3))
+
+
+def fit(pixels: np.ndarray) -> np.ndarray:
+    """The largest square in the center."""
+    height, width = pixels.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return pixels[top : top + side, left : left + side]
 
 
 def _two_dimensions(embeddings: np.ndarray, seed: int) -> np.ndarray:

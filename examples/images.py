@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections import Counter
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
-import torch
 from PIL import Image, ImageFile, ImageOps
-from torch import Tensor
 
 # What Pillow may raise for a file that is broken, or no image, or too large.
 READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
@@ -23,15 +22,15 @@ class UserError(Exception):
     """An error that the user can correct; printed in one line."""
 
 
-def read_image(path: Path, size: int) -> Tensor:
-    """An image file as uint8 (3, size, size): upright, and on white where it is transparent."""
+def open_picture(file: Path | bytes) -> Image.Image:
+    """An image file or its content in RGB: upright, and on white where it is transparent."""
+    name = f"of {len(file)} bytes" if isinstance(file, bytes) else file
     try:
-        with Image.open(path) as file:
-            ImageOps.exif_transpose(file, in_place=True)
-            image = to_rgb(file).resize((size, size))
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            return to_rgb(image)
     except READ_ERRORS as error:
-        raise UserError(f"cannot read the image {path}: {error}") from error
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        raise UserError(f"cannot read the image {name}: {error}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from images import UserError
 from pytorch_metric_learning import losses, miners
 from pytorch_metric_learning.distances import CosineSimilarity
 from pytorch_metric_learning.samplers import MPerClassSampler
@@ -19,21 +20,29 @@ from pml_extras.miners import ContextualSimilarityMiner
 from pml_extras.regularizers import ClassInterferenceRegularizer
 
 cosine = CosineSimilarity
-# c: number of training classes, d: embedding size, m: samples per class in a batch.
-LOSSES: dict[str, Callable[[int, int, int], nn.Module]] = {
-    "contextual": lambda c, d, m: ContextualLoss(num_neighbors=m),
-    "center_contrastive": lambda c, d, m: CenterContrastiveLoss(c, d),
-    "center_contrastive_ema": lambda c, d, m: CenterContrastiveLoss(c, d, center_update="ema"),
-    "contrastive": lambda c, d, m: losses.ContrastiveLoss(1.0, 0.5, distance=cosine()),
-    "triplet": lambda c, d, m: losses.TripletMarginLoss(0.2, distance=cosine()),
-    "multi_similarity": lambda c, d, m: losses.MultiSimilarityLoss(),
-    "supcon": lambda c, d, m: losses.SupConLoss(),
-    "ntxent": lambda c, d, m: losses.NTXentLoss(temperature=0.1),
-    "proxy_anchor": lambda c, d, m: losses.ProxyAnchorLoss(c, d),
-    "arcface": lambda c, d, m: losses.ArcFaceLoss(c, d, scale=16),
-    "cosface": lambda c, d, m: losses.CosFaceLoss(c, d, scale=16),
-    "normalized_softmax": lambda c, d, m: losses.NormalizedSoftmaxLoss(c, d),
-    "smooth_ap": lambda c, d, m: losses.SmoothAPLoss(),
+Options = dict[str, Any]
+# Each loss with its options. c: number of training classes, d: embedding size, m: samples per class
+# in a batch.
+LOSSES: dict[str, tuple[type[nn.Module], Callable[[int, int, int], Options]]] = {
+    "contextual": (ContextualLoss, lambda c, d, m: {"num_neighbors": m}),
+    "center_contrastive": (CenterContrastiveLoss, lambda c, d, m: centers(c, d)),
+    "center_contrastive_ema": (
+        CenterContrastiveLoss,
+        lambda c, d, m: {**centers(c, d), "center_update": "ema"},
+    ),
+    "contrastive": (
+        losses.ContrastiveLoss,
+        lambda c, d, m: {"pos_margin": 1.0, "neg_margin": 0.5, "distance": cosine()},
+    ),
+    "triplet": (losses.TripletMarginLoss, lambda c, d, m: {"margin": 0.2, "distance": cosine()}),
+    "multi_similarity": (losses.MultiSimilarityLoss, lambda c, d, m: {}),
+    "supcon": (losses.SupConLoss, lambda c, d, m: {}),
+    "ntxent": (losses.NTXentLoss, lambda c, d, m: {"temperature": 0.1}),
+    "proxy_anchor": (losses.ProxyAnchorLoss, lambda c, d, m: centers(c, d)),
+    "arcface": (losses.ArcFaceLoss, lambda c, d, m: {**centers(c, d), "scale": 16}),
+    "cosface": (losses.CosFaceLoss, lambda c, d, m: {**centers(c, d), "scale": 16}),
+    "normalized_softmax": (losses.NormalizedSoftmaxLoss, lambda c, d, m: centers(c, d)),
+    "smooth_ap": (losses.SmoothAPLoss, lambda c, d, m: {}),
 }
 MINERS: dict[str, Callable[[int], Any]] = {
     "none": lambda m: None,
@@ -47,11 +56,20 @@ LOSS_LR = {"center_contrastive": 0.1}
 DEFAULT_LOSS_LR = 0.01
 
 
+def centers(num_classes: int, embedding_size: int) -> Options:
+    return {"num_classes": num_classes, "embedding_size": embedding_size}
+
+
 def build_loss(
     args: argparse.Namespace, num_classes: int, models: dict[str, nn.Module]
 ) -> nn.Module:
     """The loss, with class interference and self-distillation if the arguments ask for them."""
-    loss = LOSSES[args.loss](num_classes, args.embedding_size, args.samples_per_class)
+    loss_class, options = LOSSES[args.loss]
+    defaults = options(num_classes, args.embedding_size, args.samples_per_class)
+    try:
+        loss = loss_class(**{**defaults, **args.loss_options})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--loss-options: {error}") from error
     if args.interfere is not None:
         regularizer = ClassInterferenceRegularizer(
             num_classes, args.embedding_size, strength=args.interfere

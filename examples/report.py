@@ -7,22 +7,25 @@ import json
 import platform
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import figures
+import protocols
 import pytorch_metric_learning
 import torch
-from datasets import Images
 from images import printable
+from metrics import PRIMARY_METRIC, label
 from pytorch_metric_learning.utils.logging_presets import get_record_keeper
 from torch import Tensor
 
 import pml_extras
+from data import Data, Samples
 from pml_extras.label_noise import LabelNoiseDetector
 
-FIGURES = ("curves.png", "retrieval.png", "map.png", "labels.png")
+FIGURES = ("curves.png", "retrieval.png", "map.png", "similarities.png", "labels.png")
 
 
 def clear(out: Path) -> None:
@@ -57,29 +60,65 @@ class EpochLog:
         self.tensorboard.close()
 
 
+class Throughput:
+    """Samples per second of training, without evaluation."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.started = self.stopped = time.perf_counter()
+        self.count = 0
+
+    def add(self, count: int) -> None:
+        self.count += count
+        self.stopped = time.perf_counter()
+
+    @property
+    def rate(self) -> float:
+        return self.count / max(self.stopped - self.started, 1e-9)
+
+
 def print_setup(
-    args: argparse.Namespace, device: torch.device, train: Images, val: Images, test: Images
+    args: argparse.Namespace,
+    device: torch.device,
+    train: Samples,
+    val: Samples | None,
+    data: Data,
 ) -> None:
     num_classes = args.batch_size // args.samples_per_class
-    print(f"{args.dataset}: {len(train)} training images of {len(train.names)} classes, "
-          f"{len(val)} validation images,\n"
-          f"  {len(test)} test images of {len(test.names)} unseen classes\n"
+    validation = f"{len(val)} validation samples" if val else "no validation samples"
+    print(f"{args.dataset}: {len(train)} training samples of {len(train.names)} classes, "
+          f"{validation},\n  {describe_test(data)}\n"
           f"{args.loss} on {device}: {args.epochs} epochs, batches of {num_classes} classes "
-          f"x {args.samples_per_class} images")  # fmt: skip
+          f"x {args.samples_per_class} samples")  # fmt: skip
+    if data.note:
+        print(f"note: {data.note}")
 
 
-def print_epoch(row: dict[str, Any], is_best: bool) -> None:
-    print(f"epoch {row['epoch']:>3}   loss {row['loss']:8.4f}   "
-          f"val P@1 {row['precision_at_1']:.3f}   "
-          f"val MAP@R {row[figures.PRIMARY_METRIC]:.3f}"
-          f"{'   best so far' if is_best else ''}", flush=True)  # fmt: skip
+def describe_test(data: Data) -> str:
+    test, known = data.test, len(set(data.test.names) & set(data.train.names))
+    classes = f"{len(test.names)} {'classes' if known else 'unseen classes'}"
+    return (
+        f"{len(test)} test samples of {classes}"
+        f"{f', of which {known} are also training classes' if known else ''}"
+    )
+
+
+def print_epoch(row: dict[str, Any], is_best: bool, rate: float) -> None:
+    line = f"epoch {row['epoch']:>3}   loss {row['loss']:8.4f}"
+    if PRIMARY_METRIC in row:
+        line += f"   val P@1 {row['precision_at_1']:.3f}   val MAP@R {row[PRIMARY_METRIC]:.3f}"
+        line += "   best so far" if is_best else " " * 14
+    print(f"{line}   {rate:,.0f} samples/s", flush=True)
 
 
 def label_issues(
-    out: Path, detector: LabelNoiseDetector, train: Images, clean_labels: list[int]
+    out: Path, detector: LabelNoiseDetector, train: Samples, clean_labels: list[int]
 ) -> dict[str, float]:
     """Write labels.csv. Return how well the label issues match the wrong labels."""
-    files = None if isinstance(train.source, Tensor) else list(map(printable, train.source))
+    has_files = not isinstance(train.source, Tensor) and isinstance(train.source[0], Path)
+    files = list(map(printable, train.source)) if has_files else None
     detector.to_csv(out / "labels.csv", class_names=train.names, sample_names=files)
     is_wrong = detector.labels != torch.tensor(clean_labels)
     is_wrong_issue = is_wrong[detector.find_label_issues()]
@@ -95,16 +134,15 @@ def write(
     args: argparse.Namespace,
     device: torch.device,
     state: dict[str, Any],
-    test: Images,
-    before: dict[str, float],
-    after: dict[str, float],
+    data: Data,
+    accuracies: dict[str, dict[str, float] | None],
     issues: dict[str, float] | None,
 ) -> None:
     """Write results.json and print the table."""
+    accuracies = {name: accuracy for name, accuracy in accuracies.items() if accuracy}
     results = {
         "config": {**state["config"], "epochs": args.epochs, "device": str(device)},
-        "before": before,
-        "after": after,
+        **accuracies,
         "best_epoch": state["best"]["epoch"],
         "seconds": round(state["seconds"], 2),
         "history": state["history"],
@@ -118,11 +156,13 @@ def write(
     }
     (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
 
-    print(f"\n{args.loss} on {len(test)} images of {len(test.names)} unseen classes "
-          f"(best epoch: {results['best_epoch']})\n\n"
-          f"  {'':14}{'before':>8}{'after':>8}{'change':>9}")  # fmt: skip
-    for key, label in figures.METRICS.items():
-        print(f"  {label:14}{before[key]:8.3f}{after[key]:8.3f}{after[key] - before[key]:+9.3f}")
+    which = "last" if args.protocol else "best"
+    print(f"\n{args.loss} on {describe_test(data)} ({which} epoch: {results['best_epoch']})\n")
+    print_table(accuracies)
+    if args.protocol:
+        size = args.image_size
+        print("\n" + protocols.row(args.protocol, args.loss, args.trunk, size, accuracies["after"],
+                                   args.epochs, data.note))  # fmt: skip
     if issues:
         print(f"\n{issues['count']} label issues in the training set: {args.out / 'labels.csv'}")
         if args.label_noise:
@@ -131,13 +171,26 @@ def write(
     print(f"\nresults    {args.out / 'results.json'}")
 
 
+def print_table(accuracies: dict[str, dict[str, float]]) -> None:
+    before, after = accuracies["before"], accuracies["after"]
+    print(f"  {'':14}{'before':>8}{'after':>8}{'change':>9}"
+          f"{'   re-ranked' if 're-ranked' in accuracies else ''}")  # fmt: skip
+    for key in after:
+        line = (
+            f"  {label(key):14}{before[key]:8.3f}{after[key]:8.3f}{after[key] - before[key]:+9.3f}"
+        )
+        if key in (reranked := accuracies.get("re-ranked", {})):
+            line += f"{reranked[key]:12.3f}"
+        print(line)
+
+
 def draw(
     args: argparse.Namespace,
     state: dict[str, Any],
-    test: Images,
+    test: Samples,
     before: Tensor,
     after: Tensor,
-    train: Images,
+    train: Samples,
     detector: LabelNoiseDetector | None,
 ) -> None:
     """Draw the figures, with the embeddings of the test images before and after training.
@@ -148,10 +201,12 @@ def draw(
     embeddings = (test, before, after, args.seed)
     calls: dict[str, tuple[Any, ...]] = {
         "curves.png": (figures.training_curves, state["history"], state["best"]["epoch"]),
-        "retrieval.png": (figures.retrieval_board, *embeddings),
         "map.png": (figures.embedding_map, *embeddings),
+        "similarities.png": (figures.similarity_distributions, *embeddings),
     }
-    if detector:
+    if test.has_pictures:
+        calls["retrieval.png"] = (figures.retrieval_board, *embeddings)
+    if detector and train.has_pictures:
         calls["labels.png"] = (figures.label_board, train, detector)
     for name, (function, *arguments) in calls.items():
         try:

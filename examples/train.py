@@ -2,9 +2,11 @@
 """Train an embedding with pytorch-metric-learning (PML) and pml_extras, and report what it learned.
 
     python examples/train.py                                     # under a minute, no download
-    python examples/train.py --loss center_contrastive --dataset cub --data-root DIR --download
-    python examples/train.py --loss triplet --miner contextual --interfere --distill ema
-    python examples/train.py --loss ntxent --label-noise 0.2 --drop-label-issues
+    python examples/train.py --trunk timm:resnet50 --dataset folder --data-root DIR
+    python examples/train.py --trunk efficientnet_lite0 --cache blocks.14 --dataset cub
+    python examples/train.py --features embeddings.npz --loss triplet --miner contextual --rerank
+    python examples/train.py --loss ntxent --distill ema --label-noise 0.2 --drop-label-issues
+    python examples/train.py --protocol cars196 --data-root DIR
 
 The trainer, sampler, tester and record keeper are PML's. The components of pml_extras replace PML's
 losses and miners. The test classes are not in the training set. The best epoch is the one with the
@@ -18,7 +20,6 @@ import os
 import sys
 import time
 from argparse import Namespace
-from dataclasses import replace
 from typing import Any
 
 # OpenMP and tqdm read these variables when they are imported.
@@ -30,20 +31,20 @@ if not sys.stderr.isatty():
 import checkpoint
 import cli
 import datasets
-import figures
 import methods
+import networks
 import numpy as np
+import optimizers
+import protocols
 import report
 import torch
-from datasets import Images, UserError
-from networks import Bfloat16, build_embedder, build_trunk
-from pytorch_metric_learning.distances import CosineSimilarity
+from images import UserError
+from metrics import PRIMARY_METRIC, RetrievalAccuracy
+from networks import Networks, Trainer, for_testing
 from pytorch_metric_learning.samplers import MPerClassSampler
 from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
-from pytorch_metric_learning.trainers import MetricLossOnly
-from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
-from pytorch_metric_learning.utils.inference import CustomKNN
 
+from data import Samples, hold_out, with_label_noise
 from pml_extras.label_noise import LabelNoiseDetector
 
 
@@ -51,58 +52,53 @@ def run(args: Namespace) -> None:
     # Check all arguments and data before writing anything.
     device = cli.pick_device(args.device)
     cli.check_out(args)
-    data = datasets.load(args.dataset, args.data_root, args.image_size, args.download)
-    clean_set, val_set = datasets.hold_out(data.train)
-    train_set = datasets.with_label_noise(clean_set, args.label_noise, args.seed)
-    train_set = replace(train_set, flip=data.mirrored)
+    data = datasets.load(args.dataset, args.data_root, args.download)
+    # The papers have no validation set.
+    train_set, val_set = (data.train, None) if args.protocol else hold_out(data.train)
+    clean_labels = train_set.labels
+    train_set = with_label_noise(train_set, args.label_noise, args.seed)
     args.batch_size, args.samples_per_class = cli.pick_batch(args, train_set)
     saved = cli.load_run(args) if args.resume else None
 
     checkpoint.seed_everything(args.seed)
-    trainer = build_trainer(args, train_set, device)
     tester = build_tester(args, device)
+    sets = (train_set, val_set, data.test)
+    network, (train_set, val_set, test_set) = networks.build(args, data, sets, tester, device)
+    trainer = build_trainer(args, train_set, network, device)
     detector = LabelNoiseDetector(train_set.labels) if args.check_labels else None
-    report.print_setup(args, device, train_set, val_set, data.test)
-    before, embeddings_before = evaluate(tester, data.test, trainer.models)
+    report.print_setup(args, device, train_set, val_set, data)
+    before, embeddings_before = evaluate(tester, test_set, trainer.models)
 
     if saved:
         state = checkpoint.restore_run(saved, trainer, detector)
         print(f"resuming after epoch {state['epoch']}")
     else:
-        accuracy, _ = evaluate(tester, val_set, trainer.models)
+        accuracy = evaluate(tester, val_set, trainer.models)[0] if val_set else {}
         state = checkpoint.new_run(cli.config(args), accuracy)
         report.clear(args.out)
         checkpoint.save_run(args.out / "checkpoint.pt", state, trainer, detector)
-    train(args, state, trainer, tester, val_set, detector)
+    train(args, state, trainer, network, tester, val_set, detector)
 
+    network.load_weights(state["best"]["models"])
     checkpoint.save(args.out / "best.pt", state["best"])
-    for name, model in trainer.models.items():
-        model.load_state_dict(state["best"]["models"][name])
-    after, embeddings_after = evaluate(tester, data.test, trainer.models)
-    issues = detector and report.label_issues(args.out, detector, train_set, clean_set.labels)
-    report.write(args, device, state, data.test, before, after, issues)
-    embeddings = embeddings_before, embeddings_after
-    report.draw(args, state, data.test, *embeddings, train_set, detector)
+    after, embeddings_after = evaluate(tester, test_set, trainer.models)
+    reranked = None
+    if args.rerank:
+        calculator = RetrievalAccuracy(device=device, rerank=True)
+        reranked = calculator.evaluate(embeddings_after, test_set)
+    issues = detector and report.label_issues(args.out, detector, train_set, clean_labels)
+    accuracies = {"before": before, "after": after, "re-ranked": reranked}
+    report.write(args, device, state, data, accuracies, issues)
+    report.draw(args, state, data.test, embeddings_before, embeddings_after, train_set, detector)
 
 
-def build_trainer(args: Namespace, train_set: Images, device: torch.device) -> MetricLossOnly:
-    trunk = build_trunk(train_set.channels, train_set.size)
-    embedder = build_embedder(args.embedding_size)
-    if args.amp:
-        trunk, embedder = Bfloat16(trunk), Bfloat16(embedder)
-    models = {"trunk": trunk.to(device), "embedder": embedder.to(device)}
-
-    loss = methods.build_loss(args, len(train_set.names), models).to(device)
+def build_trainer(
+    args: Namespace, train_set: Samples, network: Networks, device: torch.device
+) -> Trainer:
+    loss = methods.build_loss(args, len(train_set.names), network.models).to(device)
     miner = methods.build_miner(args)
-
-    optimizers = {
-        "trunk_optimizer": torch.optim.Adam(trunk.parameters(), lr=args.lr),
-        "embedder_optimizer": torch.optim.Adam(embedder.parameters(), lr=args.lr),
-    }
-    # Proxies and centers are parameters of the loss. Without an optimizer they never move.
-    if list(loss.parameters()):
-        optimizers["metric_loss_optimizer"] = torch.optim.Adam(loss.parameters(), lr=args.loss_lr)
-
+    optimizers_by_name = optimizers.build_optimizers(args, network.models, loss)
+    steps_per_epoch = len(train_set) // args.batch_size
     sampler = MPerClassSampler(
         train_set.labels,
         m=args.samples_per_class,
@@ -110,83 +106,85 @@ def build_trainer(args: Namespace, train_set: Images, device: torch.device) -> M
         # One pass of the sampler is one epoch, so no partly used pass is lost at a checkpoint.
         length_before_new_iter=len(train_set),
     )
-    return MetricLossOnly(
-        models,
-        optimizers,
+    return Trainer(
+        network,
+        optimizers_by_name,
         args.batch_size,
         {"metric_loss": loss},
         train_set,
         mining_funcs={"tuple_miner": miner.to(device)} if miner else {},
         sampler=sampler,
+        lr_schedulers=optimizers.build_schedulers(args, optimizers_by_name, steps_per_epoch),
+        freeze_these=["trunk"] if args.freeze_trunk else [],
+        freeze_trunk_batchnorm=args.freeze_norm,
         data_device=device,
-        dataloader_num_workers=args.workers,
+        dataloader_num_workers=network.workers,
     )
 
 
 def build_tester(args: Namespace, device: torch.device) -> GlobalEmbeddingSpaceTester:
+    recall_at = protocols.RECALL_AT.get(args.protocol, ())
     return GlobalEmbeddingSpaceTester(
         batch_size=256,
         dataloader_num_workers=args.workers,
         data_device=device,
-        accuracy_calculator=AccuracyCalculator(
-            include=tuple(figures.METRICS),
-            k="max_bin_count",  # enough neighbors for R-precision and MAP@R
-            device=device,
-            knn_func=CustomKNN(CosineSimilarity(), batch_size=1024),  # needs no faiss
-        ),
+        accuracy_calculator=RetrievalAccuracy(recall_at, device),
     )
 
 
 def evaluate(
-    tester: GlobalEmbeddingSpaceTester, images: Images, models: dict[str, torch.nn.Module]
+    tester: GlobalEmbeddingSpaceTester, samples: Samples, models: dict[str, torch.nn.Module]
 ) -> tuple[dict[str, float], torch.Tensor]:
-    """Retrieval accuracy with each image as a query among the others, and the embeddings."""
-    embeddings, labels = tester.get_all_embeddings(images, models["trunk"], models["embedder"])
-    accuracy = tester.accuracy_calculator.get_accuracy(embeddings, labels.squeeze(1))
-    return {metric: accuracy[metric] for metric in figures.METRICS}, embeddings.cpu()
+    """Retrieval accuracy and embeddings."""
+    embeddings, _ = tester.get_all_embeddings(samples, models["trunk"], models["embedder"])
+    return tester.accuracy_calculator.evaluate(embeddings, samples), embeddings.cpu()
 
 
 def train(
     args: Namespace,
     state: dict[str, Any],
-    trainer: MetricLossOnly,
+    trainer: Trainer,
+    network: Networks,
     tester: GlobalEmbeddingSpaceTester,
-    val_set: Images,
+    val_set: Samples | None,
     detector: LabelNoiseDetector | None,
 ) -> None:
     """Train the remaining epochs. Update ``state`` and save a checkpoint after each epoch."""
     batch_losses: list[float] = []
     log = report.EpochLog(args.out / "logs", state["history"])
     started = time.perf_counter() - state["seconds"]
+    throughput = report.Throughput()
 
-    def end_of_iteration(trainer: MetricLossOnly) -> None:
+    def end_of_iteration(trainer: Trainer) -> None:
         loss = trainer.losses["total_loss"].item()
         if not math.isfinite(loss):
             raise UserError(f"the loss became {loss} in epoch {trainer.epoch}; try a lower --lr")
         batch_losses.append(loss)
+        throughput.add(args.batch_size)
 
-    def end_of_epoch(trainer: MetricLossOnly) -> None:
-        accuracy, _ = evaluate(tester, val_set, trainer.models)
+    def end_of_epoch(trainer: Trainer) -> None:
+        accuracy = evaluate(tester, val_set, trainer.models)[0] if val_set else {}
         row = {"epoch": trainer.epoch, "loss": float(np.mean(batch_losses)), **accuracy}
-        batch_losses.clear()
-        best, metric = state["best"], figures.PRIMARY_METRIC
-        is_best = best is None or row[metric] > best[metric]
+        best = state["best"]
+        is_best = not (best and val_set) or row[PRIMARY_METRIC] > best[PRIMARY_METRIC]
         if is_best:
-            state["best"] = {**row, "models": checkpoint.copy_weights(trainer.models)}
+            state["best"] = {**row, "models": network.weights()}
         state.update(epoch=trainer.epoch, seconds=time.perf_counter() - started)
         state["history"].append(row)
         checkpoint.save_run(args.out / "checkpoint.pt", state, trainer, detector)
         log.add(row)
-        report.print_epoch(row, is_best)
+        report.print_epoch(row, is_best, throughput.rate)
+        batch_losses.clear()
         if args.drop_label_issues:
             methods.drop_label_issues(trainer.sampler, detector)
+        throughput.restart()
 
     if args.drop_label_issues:  # a resumed run already has label issues
         methods.drop_label_issues(trainer.sampler, detector)
     # The detector and the teacher are updated after each epoch, before the hook that saves them.
     hook = end_of_epoch
     if detector:
-        hook = detector.end_of_epoch_hook(tester, replace(trainer.dataset, flip=False), hook)
+        hook = detector.end_of_epoch_hook(tester, for_testing(trainer.dataset), hook)
     if args.distill:
         hook = trainer.loss_funcs["metric_loss"].end_of_epoch_hook(hook)
     trainer.end_of_iteration_hook = end_of_iteration

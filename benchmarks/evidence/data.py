@@ -21,7 +21,7 @@ from torch.utils.data import BatchSampler, RandomSampler
 from . import examples
 from .components import Sizes
 from .conditions import CONDITIONS, DATASETS, Condition, Scenario
-from .examples import ROOT_VARIABLE, Images, UserError
+from .examples import ROOT_VARIABLE, Samples, Transform, UserError
 
 CIFAR_TEST_IMAGES = 100  # per class; examples/datasets.py puts them last
 
@@ -29,13 +29,13 @@ CIFAR_TEST_IMAGES = 100  # per class; examples/datasets.py puts them last
 class TrainData(NamedTuple):
     """All data that training and selection see. No image is of a test class."""
 
-    images: Images  # with the labels to train on, which may be wrong
+    images: Samples  # with the labels to train on, which may be wrong
     true_labels: list[int]
-    validation: Images  # of other classes than `images`; in classification, other images
+    validation: Samples  # of other classes than `images`; in classification, other images
 
 
 class TestData(NamedTuple):
-    images: Images
+    images: Samples
     rare: frozenset[int]  # labels of the classes whose alphabets are rare in training
 
 
@@ -78,7 +78,7 @@ def load_train(scenario: Scenario, seed: int, root: Path | None) -> TrainData:
         images = select_classes(pool, half_for(scenario.init, mask))
     images = subsample(images, condition, seed)
     noisy = examples.with_label_noise(images, condition.noise, seed)
-    noisy = replace(noisy, flip=dataset.source == "cifar100")
+    noisy = replace(noisy, transform=Transform(mirror=dataset.source == "cifar100"))
     return TrainData(noisy, images.labels, validation)
 
 
@@ -98,19 +98,19 @@ def load_test(scenario: Scenario, seed: int, root: Path | None) -> TestData:
 
 # Reads either the training classes or the test classes, so that no object holds both.
 @lru_cache(maxsize=4)
-def _load_classes(source: str, root: Path | None, test: bool) -> Images:
-    data = examples.load(source, root, image_size=0)
+def _load_classes(source: str, root: Path | None, test: bool) -> Samples:
+    data = examples.load(source, root)
     return data.test if test else data.train
 
 
 @lru_cache(maxsize=4)
-def _official_split(source: str, init: str, root: Path | None, test: bool) -> Images:
+def _official_split(source: str, init: str, root: Path | None, test: bool) -> Samples:
     """CIFAR-100's own training or test images, of all its classes or of half of them."""
     halves = [_load_classes.__wrapped__(source, root, test=half) for half in (False, True)]
     sources = [half.source for half in halves]
     labels = halves[0].labels + [label + len(halves[0].names) for label in halves[1].labels]
     pixels = torch.cat([s for s in sources if isinstance(s, Tensor)])
-    pooled = Images(pixels, labels, halves[0].names + halves[1].names, halves[0].size)
+    pooled = Samples(pixels, labels, halves[0].names + halves[1].names)
     remaining = Counter(labels)
     chosen = []
     for index, label in enumerate(labels):
@@ -147,7 +147,7 @@ def half_for(init: str, mask: np.ndarray) -> np.ndarray:
     return mask if init == "scratch" else mask & (np.cumsum(mask) % 2 == (init == "finetune"))
 
 
-def select_classes(images: Images, mask: np.ndarray) -> Images:
+def select_classes(images: Samples, mask: np.ndarray) -> Samples:
     """The images of the classes in the mask, (classes,) bool, relabeled from 0."""
     new_label = np.cumsum(mask) - 1
     subset = images.subset([i for i, label in enumerate(images.labels) if mask[label]])
@@ -168,7 +168,7 @@ def long_tail(
     return np.array([fraction[alphabet(name)] for name in names])
 
 
-def subsample(images: Images, condition: Condition, seed: int) -> Images:
+def subsample(images: Samples, condition: Condition, seed: int) -> Samples:
     """Keep the fraction of each class that the condition leaves, at least one image."""
     fraction = long_tail(images.names, images.names, condition.imbalance, seed)
     fraction = fraction * (1 - condition.withheld)
@@ -193,12 +193,13 @@ class Batches:
     """An epoch of batches of images and labels, on the device."""
 
     def __init__(
-        self, images: Images, sizes: Sizes, balanced: bool, steps: int, device: torch.device
+        self, images: Samples, sizes: Sizes, balanced: bool, steps: int, device: torch.device
     ) -> None:
         assert isinstance(images.source, Tensor)
         self.pixels = images.source.to(device)
         self.labels = torch.tensor(images.labels, device=device)
-        self.flip, self.sizes, self.balanced, self.steps = images.flip, sizes, balanced, steps
+        self.flip = images.transform.mirror
+        self.sizes, self.balanced, self.steps = sizes, balanced, steps
         self.exclude(())
 
     def exclude(self, indices: Sequence[int]) -> None:

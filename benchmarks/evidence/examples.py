@@ -6,17 +6,21 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import checkpoint
-from datasets import ROOT_VARIABLE, Images, UserError, hold_out, load, with_label_noise
-from networks import build_embedder, build_trunk
+from datasets import ROOT_VARIABLE, load
+from images import UserError
+from transforms import Transform
+from trunks import small
+
+from data import Samples, hold_out, with_label_noise
 
 __all__ = [
     "ROOT_VARIABLE",
-    "Images",
+    "Samples",
+    "Transform",
     "UserError",
-    "build_embedder",
-    "build_trunk",
     "checkpoint",
     "hold_out",
     "load",
+    "small",
     "with_label_noise",
 ]

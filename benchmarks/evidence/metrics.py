@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pml_extras.inference import ContextualKNN
 
 from .data import normalize_pixels
-from .examples import Images
+from .examples import Samples
 
 MAP = "map_at_r"
 P1 = "precision_at_1"
@@ -34,7 +34,7 @@ Metrics = dict[str, float]
 
 
 @torch.no_grad()
-def embed(network: nn.Module, images: Images, device: torch.device) -> Tensor:
+def embed(network: nn.Module, images: Samples, device: torch.device) -> Tensor:
     """(N, D) normalized embeddings; a row is 0 if the network's output is not finite."""
     assert isinstance(images.source, Tensor)
     network.eval()
@@ -99,7 +99,7 @@ def few_shot(
 
 
 @torch.no_grad()
-def classification(network: nn.Module, loss: Any, images: Images, device: torch.device) -> Metrics:
+def classification(network: nn.Module, loss: Any, images: Samples, device: torch.device) -> Metrics:
     assert isinstance(images.source, Tensor)
     network.eval()
     predicted = [

@@ -16,7 +16,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from . import labels, protocol
+from . import labels
 from .claims import claims
 from .examples import UserError
 from .figures import FIGURES, save_figure
@@ -51,8 +51,6 @@ def render(preset_name: str, records: list[Record], docs: Path, folder: Path = R
     if label_records := read(folder / f"labels-{name}.jsonl"):
         values["label_reports"] = label_report_table(label_records)
         values |= {"label_method": METHODS[labels.METHOD].label, "label_seeds": labels.SEEDS}
-    if protocols := read(folder / "protocol.jsonl"):
-        values["protocols"] = "\n".join(protocol.rows(protocols))
     docs.mkdir(parents=True, exist_ok=True)
     page = docs / "evidence.md"
     page.write_text(fill(TEMPLATE.read_text(), values))

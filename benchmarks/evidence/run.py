@@ -1,11 +1,10 @@
-"""Run the experiments of a preset, or one of the papers' own protocols.
+"""Run the experiments of a preset.
 
     export PML_EXTRAS_DATA=DIR                                     # or --data-root DIR
     python -m benchmarks.evidence.run --preset small --jobs 2      # two cores, about two hours
     python -m benchmarks.evidence.run --preset small-finetuned --jobs 2              # the same
     python -m benchmarks.evidence.run --only clean 'cifar100/*' --budget-minutes 30
     python -m benchmarks.evidence.run --preset full --device cuda --jobs 8
-    python -m benchmarks.evidence.run --protocol cub --backbone my_nets:resnet50
 
 Each finished run is one line in results/PRESET.jsonl. Presets with the same budget share a file.
 An interrupted command continues when it is started again. `python -m benchmarks.evidence.render`
@@ -23,7 +22,6 @@ from pathlib import Path
 # OpenMP threads that wait actively take the cores from other processes. Set before importing torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from . import protocol
 from .conditions import DATASETS
 from .data import add_data_root, check_data_root
 from .examples import UserError
@@ -46,20 +44,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--results", type=Path, help="default: results/PRESET.jsonl next to this file")
     add("--cache", type=Path, help="for pretrained networks; default: runs/evidence-PRESET")
     add("--list", action="store_true", help="print how many runs are done, and stop")
-    add("--protocol", choices=protocol.NAMES,
-        help="run a paper's own protocol, with the options below")  # fmt: skip
-    protocol.add_arguments(parser.add_argument_group("with --protocol").add_argument)
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
-    name = "protocol" if args.protocol else merge_presets(args.preset)[0]
+    name, _ = merge_presets(args.preset)
     path = args.results or RESULTS / f"{name}.jsonl"
     try:
-        if args.protocol:
-            protocol.run(args, path)
-            return 0
         return run_preset(args, PRESETS[args.preset], path)
     except UserError as error:
         print(f"run.py: error: {error}", file=sys.stderr)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pml_extras.distillation import SelfDistillation
 
 from .components import Components, Hparams
-from .examples import Images, build_embedder, build_trunk
+from .examples import Samples, small
 from .presets import Budget
 
 
@@ -29,13 +29,13 @@ class Epoch(Protocol):
     def __iter__(self) -> Any: ...
 
 
-def build_network(images: Images, budget: Budget) -> nn.Module:
+def build_network(images: Samples, budget: Budget) -> nn.Module:
     channels, size, width = images.channels, images.size, budget.width
     first: list[nn.Module] = []
     if budget.pixel_unshuffle:
         first, channels, size = [nn.PixelUnshuffle(2)], 4 * channels, size // 2
     network = nn.Sequential(
-        *first, build_trunk(channels, size, width), build_embedder(budget.embedding_size, width)
+        *first, small(channels, size, width), nn.Linear(4 * width, budget.embedding_size)
     )
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 

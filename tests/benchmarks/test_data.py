@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Images, UserError
+from datasets import Samples, UserError
 
 from benchmarks.evidence import data, execute, sweep
 from benchmarks.evidence.components import Sizes
@@ -24,7 +24,7 @@ UNSEEN = set(range(60, 80))
 DATA_ROOT = os.environ.get("PML_EXTRAS_DATA", "")
 
 
-def classes(images: Images) -> set[int]:
+def classes(images: Samples) -> set[int]:
     """The true classes, from the pixels."""
     return set(images.source[:, 0, 0, 0].tolist())
 
@@ -235,9 +235,9 @@ def test_the_real_splits():
 
 @pytest.mark.parametrize("balanced", [True, False])
 def test_batches_exclude_images(balanced):
-    images = Images(
+    images = Samples(
         torch.arange(40, dtype=torch.uint8).view(-1, 1, 1, 1), [i % 4 for i in range(40)],
-        list("abcd"), 1,
+        list("abcd"),
     )  # fmt: skip
     sizes = Sizes(num_classes=4, embedding_size=2, samples_per_class=2, batch_size=8)
     batches = data.Batches(images, sizes, balanced, 30, torch.device("cpu"))

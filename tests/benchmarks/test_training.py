@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from datasets import Images
+from datasets import Samples
 
 from benchmarks.evidence import metrics
 from benchmarks.evidence.components import Components
@@ -80,7 +80,7 @@ def test_probes_separate_correct_and_wrong_labels():
     for i, label in enumerate(true):
         pixels[i, 0].view(-1)[label] = 255 - i % 16
     noisy = [3 - label if i % 16 == 0 else label for i, label in enumerate(true)]
-    images = Images(pixels, noisy, list("abcd"), 4)
+    images = Samples(pixels, noisy, list("abcd"))
     components = Components(torch.nn.Identity())
     found = Probes(TrainData(images, true, images), CPU).measure(Flat(), components, 4)
     assert found["purity"] == 1
@@ -91,7 +91,7 @@ def test_probes_separate_correct_and_wrong_labels():
 
 
 def test_embeddings_that_are_not_finite_are_zero():
-    images = Images(torch.zeros(4, 1, 4, 4, dtype=torch.uint8), [0, 0, 1, 1], ["a", "b"], 4)
+    images = Samples(torch.zeros(4, 1, 4, 4, dtype=torch.uint8), [0, 0, 1, 1], ["a", "b"])
 
     class Broken(torch.nn.Module):
         def forward(self, x):

@@ -7,6 +7,7 @@ import pickle
 import tarfile
 import urllib.error
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import cli
@@ -15,8 +16,11 @@ import numpy as np
 import pytest
 import torch
 import train
-from datasets import UserError
+from images import UserError
 from PIL import Image
+from transforms import Transform
+
+from data import Samples, hold_out, with_label_noise
 
 DATA_ROOT = os.environ.get("PML_EXTRAS_DATA")  # of the real datasets
 
@@ -69,13 +73,13 @@ def test_digits():
 
 def test_folder_splits_the_classes_in_half(tmp_path):
     write_classes(5, tmp_path)
-    data = datasets.folder(tmp_path, image_size=16)
+    data = datasets.folder(tmp_path)
     assert data.train.names == ["class00", "class01", "class02"]
     assert data.test.names == ["class03", "class04"]
     assert data.train.labels == [0] * 6 + [1] * 6 + [2] * 6
-    pixels = data.test.picture(0)
-    assert pixels.shape == (3, 16, 16)
-    assert pixels[:, 0, 0].tolist() == [60, 195, 0]
+    picture = data.test.picture(0)
+    assert picture.size == (12, 10)
+    assert picture.getpixel((0, 0)) == (60, 195, 0)
 
 
 def test_folder_with_train_and_test(tmp_path):
@@ -83,7 +87,7 @@ def test_folder_with_train_and_test(tmp_path):
     write_classes(2, tmp_path / "data" / "test", "unseen{}")
     results = train_one_epoch(tmp_path, "--dataset", "folder", "--data-root", tmp_path / "data")
     assert results["config"]["image_size"] == 16
-    data = datasets.folder(tmp_path / "data", 16)
+    data = datasets.folder(tmp_path / "data")
     assert (data.train.names, data.test.names) == (
         ["seen0", "seen1", "seen2"],
         ["unseen0", "unseen1"],
@@ -120,14 +124,11 @@ def test_invalid_folders(tmp_path, capsys):
     write_classes(4, root)
     for image in list((root / "class03").iterdir())[1:]:
         image.unlink()
-    assert "class class03 has one image" in folder_error(capsys, tmp_path, root)
+    assert "class class03 has one sample" in folder_error(capsys, tmp_path, root)
     next((root / "class03").iterdir()).unlink()
     assert "class03 contains no images" in folder_error(capsys, tmp_path, root)
     (root / "class03").rmdir()
-    assert "2 classes to train and 1 to test" in folder_error(capsys, tmp_path, root)
-    write_classes(2, root / "train")
-    write_classes(3, root / "test")
-    assert "class class00 is in both train/ and test/" in folder_error(capsys, tmp_path, root)
+    assert "at least two classes each; one has 1" in folder_error(capsys, tmp_path, root)
 
 
 def test_classes_too_small_for_validation(tmp_path, capsys):
@@ -151,10 +152,11 @@ def test_a_broken_image_is_named_with_and_without_workers(tmp_path, capsys):
 
 def test_flip_mirrors_some_of_the_images():
     pixels = torch.arange(6, dtype=torch.uint8).reshape(1, 1, 1, 6)
-    images = datasets.Images(pixels, [0], ["a"], 6, flip=True)
+    transform = Transform(mirror=True, random=True)
+    images = Samples(pixels, [0], ["a"], transform)
     torch.manual_seed(0)
     drawn = [images[0][0] for _ in range(100)]
-    plain = datasets.replace(images, flip=False)[0][0]
+    plain = replace(images, transform=replace(transform, random=False))[0][0]
     mirrored = sum(torch.equal(image, plain.flip(2)) for image in drawn)
     assert sum(torch.equal(image, plain) for image in drawn) == 100 - mirrored
     assert 30 < mirrored < 70
@@ -167,8 +169,8 @@ def test_hold_out_takes_every_fifth_image_and_keeps_pairs():
     sizes = [20, 11, 9, 4, 3, 2]
     labels = [c for c, size in enumerate(sizes) for _ in range(size)]
     pixels = torch.arange(len(labels), dtype=torch.uint8).reshape(-1, 1, 1, 1)
-    images = datasets.Images(pixels, labels, list("abcdef"), 1)
-    kept, held = datasets.hold_out(images)
+    images = Samples(pixels, labels, list("abcdef"))
+    kept, held = hold_out(images)
     assert np.bincount(held.labels, minlength=6).tolist() == [4, 2, 2, 2, 0, 0]
     assert np.bincount(kept.labels, minlength=6).tolist() == [16, 9, 7, 2, 3, 2]
     both = torch.cat([kept.source, held.source]).flatten().tolist()
@@ -177,17 +179,17 @@ def test_hold_out_takes_every_fifth_image_and_keeps_pairs():
 
 def test_label_noise_is_symmetric_exact_and_seeded():
     labels = [0] * 3000 + [1] * 3000 + [2] * 3000 + [3] * 3000
-    images = datasets.Images(torch.zeros(12000, 1, 1, 1), labels, list("abcd"), 1)
-    noisy = datasets.with_label_noise(images, 0.3, seed=1)
+    images = Samples(torch.zeros(12000, 1, 1, 1), labels, list("abcd"))
+    noisy = with_label_noise(images, 0.3, seed=1)
     before, after = np.array(labels), np.array(noisy.labels)
     assert (before != after).sum() == 3600
     counts = np.zeros((4, 4))
     np.add.at(counts, (before, after), 1)
     wrong = counts[~np.eye(4, dtype=bool)]
     assert wrong == pytest.approx(np.full(12, 300), abs=75)  # four standard deviations
-    assert noisy.labels == datasets.with_label_noise(images, 0.3, seed=1).labels
-    assert noisy.labels != datasets.with_label_noise(images, 0.3, seed=2).labels
-    assert datasets.with_label_noise(images, 0.0, seed=1).labels == labels
+    assert noisy.labels == with_label_noise(images, 0.3, seed=1).labels
+    assert noisy.labels != with_label_noise(images, 0.3, seed=2).labels
+    assert with_label_noise(images, 0.0, seed=1).labels == labels
 
 
 # ---- Omniglot
@@ -222,7 +224,7 @@ def test_omniglot_as_published(tmp_path, form):
     assert data.test.names == ["Tengwar/character01", "Tengwar/character02"]
     assert data.train.labels == [0] * 4 + [1] * 4 + [2] * 4
     assert data.train.source.shape == (12, 1, 28, 28)
-    image = data.train.picture(0)[0]
+    image = data.train.source[0, 0]
     assert image[10, 5] == 255  # ink
     assert image[0, 0] == 0
     assert image.float().mean() == pytest.approx(255 * 20 * 60 / 105**2, rel=0.02)
@@ -236,7 +238,7 @@ def test_omniglot_npz(tmp_path):
     data = datasets.omniglot(tmp_path)
     assert data.train.labels == [0] * 4 + [1] * 4 + [2] * 4
     assert data.test.names == ["A/character3", "A/character4"]
-    assert data.test.picture(4).unique().tolist() == [40]
+    assert data.test.source[4].unique().tolist() == [40]
 
 
 # ---- CIFAR-100
@@ -265,7 +267,7 @@ def test_cifar100_as_published(tmp_path, form):
     assert data.train.names == ["name0", "name1", "name49"]
     assert data.test.names == ["name50", "name99"]
     assert np.bincount(data.train.labels).tolist() == [4, 4, 4]
-    last = data.test.picture(len(data.test) - 1)
+    last = data.test.source[-1]
     assert last.shape == (3, 32, 32)
     assert [channel.unique().tolist() for channel in last] == [[0], [99], [0]]
 
@@ -280,7 +282,7 @@ def test_cifar100_npz(tmp_path):
     data = datasets.cifar100(tmp_path)
     assert data.test.names == ["name50", "name99"]
     assert np.bincount(data.test.labels).tolist() == [6, 4]
-    assert data.test.picture(3)[1].unique().tolist() == [99]
+    assert data.test.source[3, 1].unique().tolist() == [99]
 
 
 class Malicious:
@@ -359,11 +361,11 @@ MAKERS = {
 def test_pml_datasets(tmp_path, name):
     root = tmp_path / "data" / name  # in a directory of its name
     MAKERS[name](root)
-    data = datasets.load(name, tmp_path / "data", image_size=16)
+    data = datasets.load(name, tmp_path / "data")
     assert np.bincount(data.train.labels).tolist() == [6, 6, 6]
     assert np.bincount(data.test.labels).tolist() == [6, 6]
     assert len(set(data.train.names + data.test.names)) == 5
-    again = datasets.load(name, root, image_size=16)  # or directly in the root
+    again = datasets.load(name, root)  # or directly in the root
     assert again.train.source == data.train.source
     results = train_one_epoch(tmp_path, "--dataset", name, "--data-root", tmp_path / "data")
     assert results["after"]["precision_at_1"] >= 0
@@ -375,7 +377,7 @@ def test_a_missing_image_is_named(tmp_path, name):
     missing = sorted(p for p in (tmp_path / "data").rglob("*") if p.suffix.lower() == ".jpg")[-1]
     missing.unlink()
     with pytest.raises(UserError, match=rf"the image .*{missing.name} is missing"):
-        datasets.load(name, tmp_path / "data", image_size=16)
+        datasets.load(name, tmp_path / "data")
 
 
 # ---- Downloads, without a network
@@ -386,7 +388,7 @@ ARCHIVES = ["omniglot", "cifar100"]
 @pytest.mark.parametrize("name", [*ARCHIVES, *MAKERS])
 def test_a_missing_dataset_suggests_download(tmp_path, name):
     with pytest.raises(UserError, match=r"is missing; .*--download"):
-        datasets.load(name, tmp_path, image_size=16)
+        datasets.load(name, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -397,7 +399,7 @@ def test_a_failed_download_leaves_nothing(tmp_path, monkeypatch, name):
 
     monkeypatch.setattr("urllib.request.urlopen", no_network)
     with pytest.raises(UserError, match=r"could not download.*no route to host"):
-        datasets.load(name, tmp_path, image_size=16, download=True)
+        datasets.load(name, tmp_path, download=True)
     assert not list(tmp_path.iterdir())
 
 
@@ -427,10 +429,10 @@ def test_a_download(tmp_path, monkeypatch, name):
         return Response(archives[url.split("/")[-1]])
 
     monkeypatch.setattr("urllib.request.urlopen", urlopen)
-    data = datasets.load(name, root, image_size=16, download=True)
+    data = datasets.load(name, root, download=True)
     assert len(data.train.names) == 3
     monkeypatch.undo()
-    assert len(datasets.load(name, root, image_size=16).test.names) == 2  # without a download
+    assert len(datasets.load(name, root).test.names) == 2  # without a download
 
 
 # ---- Real data
@@ -439,6 +441,8 @@ def test_a_download(tmp_path, monkeypatch, name):
 @pytest.mark.parametrize(
     ("name", "file", "train_images", "train_classes", "test_images", "test_classes"),
     [
+        ("cars196", "cars196_crop160.npz", 4052, 98, 4092, 98),
+        ("cub", "cub200_2010_crop160.npz", 2990, 100, 3043, 100),
         ("omniglot", "omniglot28.npz", 19280, 964, 13180, 659),
         ("cifar100", "cifar100_subset.npz", 10000, 50, 10000, 50),
     ],
@@ -447,8 +451,8 @@ def test_a_download(tmp_path, monkeypatch, name):
 def test_real_data(name, file, train_images, train_classes, test_images, test_classes):
     if not Path(DATA_ROOT, file).is_file():
         pytest.skip(f"there is no {Path(DATA_ROOT, file)}")
-    data = datasets.load(name, Path(DATA_ROOT), image_size=16)
+    data = datasets.load(name, Path(DATA_ROOT))
     assert (len(data.train), len(data.train.names)) == (train_images, train_classes)
     assert (len(data.test), len(data.test.names)) == (test_images, test_classes)
-    assert 0 < data.train.picture(0).float().mean() < 255
+    assert 0 < np.mean(data.train.picture(0)) < 255
     assert not set(data.train.names) & set(data.test.names)

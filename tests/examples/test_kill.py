@@ -32,8 +32,8 @@ def small_omniglot(folder):
 def run(out, epochs, data):
     """One attempt, in this process."""
     torch.set_num_threads(1)
-    for figure in ("training_curves", "retrieval_board", "embedding_map"):
-        setattr(figures, figure, lambda path, *arguments: path.touch())
+    for name in ("training_curves", "retrieval_board", "embedding_map", "similarity_distributions"):
+        setattr(figures, name, lambda path, *arguments: path.touch())
     resume = ["--resume"] if (out / "checkpoint.pt").exists() else []
     # An attempt that was killed before its first checkpoint leaves a partial file.
     if not resume and out.is_dir():

@@ -10,17 +10,19 @@ import cli
 import datasets
 import figures
 import methods
-import networks
+import metrics
 import numpy as np
 import pytest
 import torch
 import train
+import trunks
 from PIL import Image
 from pytorch_metric_learning.losses import SmoothAPLoss
 from pytorch_metric_learning.samplers import MPerClassSampler
 from pytorch_metric_learning.trainers import MetricLossOnly
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from data import Data
 from pml_extras.label_noise import LabelNoiseDetector
 
 FILES = [
@@ -31,9 +33,10 @@ FILES = [
     "map.png",
     "results.json",
     "retrieval.png",
+    "similarities.png",
 ]
-
-DRAW = {f: getattr(figures, f) for f in ("training_curves", "retrieval_board", "embedding_map")}
+DRAWN = ("training_curves", "retrieval_board", "embedding_map", "similarity_distributions")
+DRAW = {name: getattr(figures, name) for name in DRAWN}
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +47,7 @@ def few_digits(monkeypatch):
     def load_few_digits():
         data = load_digits()
         train_set = data.train.subset(range(0, len(data.train), 10))
-        return datasets.Data(train_set, data.test.subset(range(0, 896, 8)), data.mirrored)
+        return Data(train_set, data.test.subset(range(0, 896, 8)))
 
     monkeypatch.setattr(datasets, "digits", load_few_digits)
     for figure in DRAW:
@@ -117,7 +120,7 @@ def test_run_writes_results_and_figures(tmp_path, monkeypatch, capsys):
     assert results["seconds"] > 0
     assert set(results["versions"]) == {"python", "torch", "pytorch_metric_learning", "pml_extras"}
     for when in ("before", "after"):
-        assert set(results[when]) == set(figures.METRICS)
+        assert set(results[when]) == set(metrics.METRICS)
         assert all(0 < value <= 1 for value in results[when].values())
     for path in (tmp_path / "run").glob("*.png"):
         with Image.open(path) as image:
@@ -125,10 +128,10 @@ def test_run_writes_results_and_figures(tmp_path, monkeypatch, capsys):
             assert len(image.convert("RGB").getcolors(1 << 24)) > 20  # not blank
     printed = capsys.readouterr().out
     for metric in ("precision_at_1", "r_precision", "mean_average_precision_at_r"):
-        label, before = figures.METRICS[metric], results["before"][metric]
+        label, before = metrics.METRICS[metric], results["before"][metric]
         after = results["after"][metric]
         assert f"  {label:14}{before:8.3f}{after:8.3f}{after - before:+9.3f}\n" in printed
-    assert printed.rstrip().endswith(str(tmp_path / "run" / "map.png"))
+    assert printed.rstrip().endswith(str(tmp_path / "run" / "retrieval.png"))
 
 
 def test_a_figure_that_fails_costs_neither_results_nor_other_figures(tmp_path, monkeypatch, capsys):
@@ -142,7 +145,7 @@ def test_a_figure_that_fails_costs_neither_results_nor_other_figures(tmp_path, m
     assert (tmp_path / "run" / "map.png").is_file()
     printed = capsys.readouterr()
     assert "could not draw retrieval.png: UnicodeEncodeError: 'utf-8' codec" in printed.err
-    assert printed.out.rstrip().endswith("map.png")
+    assert printed.out.rstrip().endswith("similarities.png")
 
 
 def test_a_run_that_failed_in_its_first_epoch_does_not_block_a_rerun(tmp_path, monkeypatch):
@@ -193,7 +196,7 @@ def test_every_method_trains(tmp_path, arguments):
     assert all(np.isfinite(row["loss"]) for row in results["history"][1:])
     state = checkpoint.load(tmp_path / "run" / "checkpoint.pt")
     torch.manual_seed(0)
-    untrained = networks.build_trunk(1, 8).state_dict()
+    untrained = trunks.small(1, 8).state_dict()
     trained = {k.removeprefix("module."): v for k, v in state["models"]["trunk"].items()}
     assert not torch.equal(trained["0.weight"], untrained["0.weight"])
 
@@ -260,10 +263,10 @@ def test_a_loss_with_parameters_trains_them(tmp_path, loss):
 def test_the_best_epoch_is_kept(tmp_path):
     results = run(tmp_path / "run", epochs=4)
     rows = results["history"][1:]
-    best = max(rows, key=lambda row: row[figures.PRIMARY_METRIC])
+    best = max(rows, key=lambda row: row[metrics.PRIMARY_METRIC])
     assert results["best_epoch"] == best["epoch"]
     state = checkpoint.load(tmp_path / "run" / "best.pt")
-    trunk, embedder = networks.build_trunk(1, 8).eval(), networks.build_embedder(64).eval()
+    trunk, embedder = trunks.small(1, 8).eval(), torch.nn.Linear(256, 64).eval()
     trunk.load_state_dict(state["models"]["trunk"])
     embedder.load_state_dict(state["models"]["embedder"])
     data = datasets.digits().test
@@ -274,13 +277,6 @@ def test_the_best_epoch_is_kept(tmp_path):
     labels = torch.tensor(data.labels)
     precision = (labels[similarity.argmax(1)] == labels).double().mean().item()
     assert results["after"]["precision_at_1"] == pytest.approx(precision)
-
-
-def test_amp_gives_float32_embeddings():
-    network = networks.Bfloat16(torch.nn.Linear(8, 4))
-    embeddings = network(torch.randn(3, 8))
-    assert embeddings.dtype == torch.float32
-    assert torch.equal(embeddings, embeddings.bfloat16().float())  # computed in bfloat16
 
 
 def test_smooth_ap_of_pml_needs_square_batches():
@@ -430,7 +426,7 @@ def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
         ),
         (["--dataset", "cub"], "--dataset cub needs --data-root DIR, or PML_EXTRAS_DATA"),
         (["--dataset", "cub", "--data-root", "/no/such/place"], "no directory /no/such/place"),
-        (["--image-size", "32"], "--image-size is for image files"),
+        (["--image-size", "32"], "--image-size: digits has a fixed size"),
         (["--download"], "nothing to download for --dataset digits"),
         (["--resume", "--overwrite"], "not allowed with argument"),
         (["--resume"], "there is no run in"),
