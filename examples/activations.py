@@ -76,7 +76,9 @@ def compute(
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")  # others may compute the same
     # On a CPU, large batches leave the cache of the processor and take twice as long.
     batch_size = 4 if device.type == "cpu" else 64
-    loader = DataLoader(Views(samples), batch_size, num_workers=workers)
+    # With a generator of its own, a run draws the same random numbers with and without this.
+    generator = torch.Generator()
+    loader = DataLoader(Views(samples), batch_size, num_workers=workers, generator=generator)
     start, values = 0, None
     with tqdm(total=len(samples), desc="computing activations", unit=" images") as bar:
         for views in loader:
@@ -100,7 +102,8 @@ def check_space(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if size > free:
         raise UserError(
-            f"--cache: the activations take {size >> 20:,} MiB; {folder} has {free >> 20:,}"
+            f"--cache: the activations take {size >> 20:,} MiB; {free >> 20:,} MiB are free, "
+            f"in {folder}"
         )
 
 

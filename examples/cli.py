@@ -187,15 +187,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse arguments that do not go together."""
-    if args.trunk == "small" and args.dataset in IN_MEMORY and args.image_size:
-        raise UserError(f"--image-size: {args.dataset} has a fixed size for --trunk small")
-    if args.download and args.dataset not in datasets.DOWNLOADS:
-        raise UserError(f"--download: there is nothing to download for --dataset {args.dataset}")
     if args.features:
         for name in ("protocol", "train_from", "cache", "image_size", "freeze_trunk"):
             if getattr(args, name):
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} is for images; --features has no images and no trunk")
+    if args.trunk == "small" and args.dataset in IN_MEMORY and args.image_size:
+        raise UserError(f"--image-size: {args.dataset} has a fixed size for --trunk small")
+    if args.download and args.dataset not in datasets.DOWNLOADS:
+        raise UserError(f"--download: there is nothing to download for --dataset {args.dataset}")
     if sum(map(bool, (args.freeze_trunk, args.train_from, args.cache))) > 1:
         raise UserError("--freeze-trunk, --train-from and --cache exclude each other")
     if args.warmup >= args.epochs:

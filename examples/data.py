@@ -57,7 +57,7 @@ class Samples(Dataset[tuple[Tensor, int]]):
     def subset(self, indices: Sequence[int]) -> Samples:
         source: Any = self.source
         if isinstance(source, Tensor):
-            source = source[torch.as_tensor(indices)]
+            source = source[torch.as_tensor(indices, dtype=torch.long)]
         else:
             source = [source[i] for i in indices]
         is_query = self.is_query and [self.is_query[i] for i in indices]

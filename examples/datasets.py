@@ -241,6 +241,10 @@ def _from_csv(path: Path) -> Data:
             f"folder: {path} needs a header with the columns path, label and, optional, split; it "
             f"has {', '.join(map(str, columns)) or 'no rows'}"
         )
+    for number, row in enumerate(rows, 1):
+        empty = next((column for column in ("path", "label") if not row[column]), None)
+        if empty:
+            raise UserError(f"folder: row {number} of {path} has no {empty}")
     files = [path.parent / row["path"] for row in rows]
     is_test = _is_test([row["split"] for row in rows], path) if "split" in columns else None
     return split_classes(files, [row["label"] for row in rows], is_test, mirrored=True)
@@ -251,10 +255,9 @@ def _is_test(split: Sequence[Any] | np.ndarray, path: Path) -> np.ndarray:
     values = np.array([str(value).strip().lower() for value in split])
     is_train = np.isin(values, ["train", "0", "false"])
     is_test = np.isin(values, ["test", "val", "valid", "validation", "1", "true"])
-    if not (is_train | is_test).all():
-        raise UserError(
-            f"{path}: the split {values[~(is_train | is_test)][0]!r} is not train or test"
-        )
+    unknown = values[~(is_train | is_test)]
+    if len(unknown):
+        raise UserError(f"{path}: the split {str(unknown[0])!r} is not train or test")
     return is_test
 
 

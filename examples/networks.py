@@ -114,10 +114,11 @@ def pca_embedder(features: Tensor, embedding_size: int) -> nn.Linear:
             f"--embedding-size {embedding_size}: --init pca needs at least as many features; the "
             f"trunk has {width}; choose a smaller size or --init random"
         )
-    _, directions = torch.linalg.eigh(features.double().T @ features.double())  # ascending
+    # With fewer samples than features, the full matrix has further orthogonal rows.
+    *_, directions = torch.linalg.svd(features.double(), full_matrices=len(features) < width)
     embedder = nn.Linear(width, embedding_size)
     with torch.no_grad():
-        embedder.weight.copy_(directions.flip(1)[:, :embedding_size].T)
+        embedder.weight.copy_(directions[:embedding_size])
         embedder.bias.zero_()
     return embedder
 
