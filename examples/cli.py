@@ -23,7 +23,7 @@ from images import UserError
 
 from data import Samples
 
-DEFAULT_LR, PRETRAINED_LR = 1e-3, 1e-4
+DEFAULT_LR, FINE_TUNING_LR = 1e-3, 1e-4
 IN_MEMORY = ("digits", "omniglot", "cifar100", "features")
 
 
@@ -136,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--samples-per-class", type=at_least(int, 2), help="samples per class in a batch")
     add("--lr", type=at_least(float, 0),
-        help=f"default: {DEFAULT_LR}, or {PRETRAINED_LR} for pretrained trunks")  # fmt: skip
+        help=f"default: {DEFAULT_LR}; for whole pretrained trunks: {FINE_TUNING_LR}")  # fmt: skip
     add("--trunk-lr", type=at_least(float, 0), help="learning rate of the trunk (default: --lr)")
     add("--weight-decay", type=at_least(float, 0), default=0.0, help="default: %(default)s")
     add("--schedule", choices=optimizers.SCHEDULES, default="none",
@@ -170,7 +170,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
     is_pretrained = args.trunk != "small"
     if args.lr is None:
-        args.lr = PRETRAINED_LR if is_pretrained else DEFAULT_LR
+        is_whole = not (args.cache or args.train_from or args.freeze_trunk)
+        args.lr = FINE_TUNING_LR if is_pretrained and is_whole else DEFAULT_LR
     if args.trunk_lr is None:
         args.trunk_lr = args.lr
     if args.loss_lr is None:

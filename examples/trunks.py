@@ -251,19 +251,28 @@ def split(trunk: Trunk, block: str) -> tuple[nn.Module, nn.Module]:
     before, after = split_chain(trunk.network, block, block)
     assert trunk.size
     images = torch.randn(2, len(trunk.mean), trunk.size, trunk.size)
+    # Some networks flatten their features without a module for it.
+    for chain in (
+        after,
+        nn.Sequential(OrderedDict([*after.named_children(), ("flat", nn.Flatten())])),
+    ):
+        if is_chain(trunk.network, before, chain, images):
+            return before, chain
+    raise UserError(
+        f"--cache {block}: the network does not apply its modules one after the other, so it "
+        "cannot be split; --train-from trains from a block on without a cache"
+    )
+
+
+@torch.no_grad()
+def is_chain(network: nn.Module, before: nn.Module, after: nn.Module, images: Tensor) -> bool:
+    """Whether two parts, one after the other, compute what the network computes."""
+    expected = network.eval()(images)
     try:
-        with torch.no_grad():
-            expected = trunk.network.eval()(images)
-            output = after.eval()(before.eval()(images))
-        is_same = output.shape == expected.shape and torch.allclose(output, expected, atol=1e-4)
+        output = after.eval()(before.eval()(images))
     except (RuntimeError, TypeError, ValueError):
-        is_same = False
-    if not is_same:
-        raise UserError(
-            f"--cache {block}: the network does not apply its modules one after the other, so it "
-            "cannot be split; --train-from trains from a block on without a cache"
-        )
-    return before, after
+        return False
+    return output.shape == expected.shape and torch.allclose(output, expected, atol=1e-4)
 
 
 def split_chain(module: nn.Module, block: str, whole: str) -> tuple[nn.Sequential, nn.Sequential]:
