@@ -26,6 +26,7 @@ class Samples(Dataset[tuple[Tensor, int]]):
     names: list[str]
     transform: Callable[[Any], Tensor] = field(default_factory=Transform)  # not used for features
     is_query: Sequence[bool] | None = None  # the others are the gallery; None: each is both
+    rows: Sequence[int] | None = None  # where the samples are in the user's file
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -60,9 +61,11 @@ class Samples(Dataset[tuple[Tensor, int]]):
             source = source[torch.as_tensor(indices, dtype=torch.long)]
         else:
             source = [source[i] for i in indices]
-        is_query = self.is_query and [self.is_query[i] for i in indices]
-        labels = [self.labels[i] for i in indices]
-        return replace(self, source=source, labels=labels, is_query=is_query)
+        labels, is_query, rows = (
+            values and [values[i] for i in indices]
+            for values in (self.labels, self.is_query, self.rows)
+        )
+        return replace(self, source=source, labels=labels, is_query=is_query, rows=rows)
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ def split_classes(
 
     def part(mask: np.ndarray) -> Samples:
         present, relabeled = np.unique(indices[mask], return_inverse=True)
-        everything = Samples(source, indices.tolist(), names)
+        everything = Samples(source, indices.tolist(), names, rows=range(len(indices)))
         chosen = everything.subset(np.flatnonzero(mask).tolist())
         return replace(chosen, labels=relabeled.tolist(), names=[names[c] for c in present])
 

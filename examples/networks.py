@@ -96,30 +96,37 @@ def for_testing(samples: Samples) -> Samples:
 
 
 def features(samples: Samples, trunk: nn.Module, tester: GlobalEmbeddingSpaceTester) -> Tensor:
-    """The features of some of the samples, of unit length."""
+    """The features of some of the samples, (N, width)."""
     chosen = torch.randperm(len(samples))[:MAX_PCA_SAMPLES].sort().values
     subset = torch.utils.data.Subset(for_testing(samples), chosen.tolist())
-    return tester.get_all_embeddings(subset, trunk)[0]
+    tester.normalize_embeddings = False
+    outputs: Tensor = tester.get_all_embeddings(subset, trunk)[0]
+    tester.normalize_embeddings = True
+    return outputs
 
 
 def pca_embedder(features: Tensor, embedding_size: int) -> nn.Linear:
-    """The embedder that preserves the cosine similarities of features as well as possible.
+    """Principal components of features (N, width), halfway between PCA and whitening.
 
-    features: (N, width) of unit length. The rows of the weight are the principal directions,
-    without centering.
+    Each component is divided by the square root of its standard deviation. On the training classes
+    of Cars196 and CUB, this retrieves better than components without a scale and than whitening.
     """
-    width = features.shape[1]
+    count, width = features.shape
     if embedding_size > width:
         raise UserError(
             f"--embedding-size {embedding_size}: --init pca needs at least as many features; the "
             f"trunk has {width}; choose a smaller size or --init random"
         )
+    mean = features.double().mean(0)
     # With fewer samples than features, the full matrix has further orthogonal rows.
-    *_, directions = torch.linalg.svd(features.double(), full_matrices=len(features) < width)
+    _, scales, components = torch.linalg.svd(features.double() - mean, full_matrices=count < width)
+    scales = nn.functional.pad(scales, (0, width - len(scales)))[:embedding_size]
+    scales = scales.clamp(min=max(1e-3 * float(scales[0]), 1e-12))
+    weight = components[:embedding_size] * (scales[0] / scales).sqrt()[:, None]
     embedder = nn.Linear(width, embedding_size)
     with torch.no_grad():
-        embedder.weight.copy_(directions[:embedding_size])
-        embedder.bias.zero_()
+        embedder.weight.copy_(weight)
+        embedder.bias.copy_(-weight @ mean)
     return embedder
 
 
@@ -132,11 +139,14 @@ def copy_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 class Trainer(MetricLossOnly):
-    """PML's trainer, which leaves the frozen modules in evaluation mode."""
+    """PML's trainer. Frozen modules stay in evaluation mode and need no optimizer."""
 
     def __init__(self, networks: Networks, *arguments: Any, **options: Any) -> None:
         super().__init__(networks.models, *arguments, **options)
         self.frozen_modules = networks.frozen_modules
+
+    def modify_schema(self) -> None:
+        self.schema["optimizers"].important = list(self.optimizers)
 
     def set_to_train(self) -> None:
         super().set_to_train()

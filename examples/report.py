@@ -114,13 +114,16 @@ def print_epoch(row: dict[str, Any], is_best: bool, rate: float) -> None:
 
 
 def label_issues(
-    out: Path, detector: LabelNoiseDetector, train: Samples, clean_labels: list[int]
+    out: Path, detector: LabelNoiseDetector, train: Samples, true_labels: list[int]
 ) -> dict[str, float]:
-    """Write labels.csv. Return how well the label issues match the wrong labels."""
+    """Write labels.csv. Return the number of label issues, and how well they match wrong labels."""
     has_files = not isinstance(train.source, Tensor) and isinstance(train.source[0], Path)
-    files = list(map(printable, train.source)) if has_files else None
-    detector.to_csv(out / "labels.csv", class_names=train.names, sample_names=files)
-    is_wrong = detector.labels != torch.tensor(clean_labels)
+    rows = train.rows and list(map(str, train.rows))
+    names = list(map(printable, train.source)) if has_files else rows
+    detector.to_csv(out / "labels.csv", class_names=train.names, sample_names=names)
+    if train.labels == true_labels:
+        return {"count": len(detector.find_label_issues())}
+    is_wrong = detector.labels != torch.tensor(true_labels)
     is_wrong_issue = is_wrong[detector.find_label_issues()]
     found = int(is_wrong_issue.sum())
     return {
@@ -165,23 +168,21 @@ def write(
                                    args.epochs, data.note))  # fmt: skip
     if issues:
         print(f"\n{issues['count']} label issues in the training set: {args.out / 'labels.csv'}")
-        if args.label_noise:
+        if "precision" in issues:
             print(f"  precision {issues['precision']:.3f}, recall {issues['recall']:.3f} "
                   "for the replaced labels")  # fmt: skip
     print(f"\nresults    {args.out / 'results.json'}")
 
 
 def print_table(accuracies: dict[str, dict[str, float]]) -> None:
+    """A column for each kind of embeddings, and the change from before to after training."""
     before, after = accuracies["before"], accuracies["after"]
-    print(f"  {'':14}{'before':>8}{'after':>8}{'change':>9}"
-          f"{'   re-ranked' if 're-ranked' in accuracies else ''}")  # fmt: skip
+    print(f"  {'':14}" + "".join(f"{name:>10}" for name in accuracies) + f"{'change':>10}")
     for key in after:
-        line = (
-            f"  {label(key):14}{before[key]:8.3f}{after[key]:8.3f}{after[key] - before[key]:+9.3f}"
-        )
-        if key in (reranked := accuracies.get("re-ranked", {})):
-            line += f"{reranked[key]:12.3f}"
-        print(line)
+        values = (accuracy.get(key) for accuracy in accuracies.values())
+        cells = ("" if value is None else f"{value:.3f}" for value in values)
+        line = "".join(f"{cell:>10}" for cell in cells)
+        print(f"  {label(key):14}{line}{after[key] - before[key]:+10.3f}")
 
 
 def draw(

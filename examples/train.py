@@ -5,7 +5,7 @@
     python examples/train.py --trunk timm:resnet50 --dataset folder --data-root DIR
     python examples/train.py --trunk efficientnet_lite0 --cache blocks.14 --dataset cub
     python examples/train.py --features embeddings.npz --loss triplet --miner contextual --rerank
-    python examples/train.py --loss ntxent --distill ema --label-noise 0.2 --drop-label-issues
+    python examples/train.py --loss ntxent --distill ema --drop-label-issues
     python examples/train.py --protocol cars196 --data-root DIR
 
 The trainer, sampler, tester and record keeper are PML's. The components of pml_extras replace PML's
@@ -43,6 +43,7 @@ from metrics import PRIMARY_METRIC, RetrievalAccuracy
 from networks import Networks, Trainer, for_testing
 from pytorch_metric_learning.samplers import MPerClassSampler
 from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
+from torch import nn
 
 from data import Samples, hold_out, with_label_noise
 from pml_extras.label_noise import LabelNoiseDetector
@@ -67,6 +68,9 @@ def run(args: Namespace) -> None:
     trainer = build_trainer(args, train_set, network, device)
     detector = LabelNoiseDetector(train_set.labels) if args.check_labels else None
     report.print_setup(args, device, train_set, val_set, data)
+    features = None
+    if args.init == "pca":
+        features, _ = evaluate(tester, test_set, {**trainer.models, "embedder": nn.Identity()})
     before, embeddings_before = evaluate(tester, test_set, trainer.models)
 
     if saved:
@@ -82,12 +86,11 @@ def run(args: Namespace) -> None:
     network.load_weights(state["best"]["models"])
     checkpoint.save(args.out / "best.pt", state["best"])
     after, embeddings_after = evaluate(tester, test_set, trainer.models)
-    reranked = None
+    accuracies = {"features": features, "before": before, "after": after}
     if args.rerank:
         calculator = RetrievalAccuracy(device=device, rerank=True)
-        reranked = calculator.evaluate(embeddings_after, test_set)
+        accuracies["re-ranked"] = calculator.evaluate(embeddings_after, test_set)
     issues = detector and report.label_issues(args.out, detector, train_set, clean_labels)
-    accuracies = {"before": before, "after": after, "re-ranked": reranked}
     report.write(args, device, state, data, accuracies, issues)
     report.draw(args, state, data.test, embeddings_before, embeddings_after, train_set, detector)
 
@@ -133,7 +136,7 @@ def build_tester(args: Namespace, device: torch.device) -> GlobalEmbeddingSpaceT
 
 
 def evaluate(
-    tester: GlobalEmbeddingSpaceTester, samples: Samples, models: dict[str, torch.nn.Module]
+    tester: GlobalEmbeddingSpaceTester, samples: Samples, models: dict[str, nn.Module]
 ) -> tuple[dict[str, float], torch.Tensor]:
     """Retrieval accuracy and embeddings."""
     embeddings, _ = tester.get_all_embeddings(samples, models["trunk"], models["embedder"])

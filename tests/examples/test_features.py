@@ -8,12 +8,14 @@ import json
 
 import cli
 import datasets
+import networks
 import numpy as np
 import pytest
 import torch
 import train
 from images import UserError
 from PIL import Image
+from sklearn.decomposition import PCA
 
 
 def embeddings(classes=8, per_class=12, width=16):
@@ -48,12 +50,16 @@ def test_a_head_on_features(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "features: 200 training samples of 20 classes, 40 validation samples" in printed
     assert "240 test samples of 20 unseen classes" in printed
-    assert "re-ranked\n" in printed
+    assert " features    before     after re-ranked    change\n" in printed
+    assert "is missing" not in printed  # the trunk has nothing to train and needs no optimizer
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"curves.png", "map.png", "similarities.png", "labels.csv"} <= names
     assert not names & {"retrieval.png", "labels.png"}  # there are no pictures
-    with open(tmp_path / "run" / "labels.csv", newline="") as rows:
-        assert {row["label"] for row in csv.DictReader(rows)} == set(np.unique(y)[:20])
+    with open(tmp_path / "run" / "labels.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["label"] for row in rows} == set(np.unique(y)[:20])
+    assert all(y[int(row["sample"])] == row["label"] for row in rows)  # rows of the user's file
+    assert set(results["label_issues"]) == {"count"}  # which labels are wrong is not known
 
 
 @pytest.mark.parametrize(
@@ -67,15 +73,36 @@ def test_any_loss(tmp_path, loss):
     assert all(np.isfinite(row["loss"]) for row in results["history"][1:])
 
 
-def test_the_start_is_the_pca_of_the_features(tmp_path):
-    """With all components, the accuracy before training is that of the features."""
+def test_the_accuracy_of_the_features(tmp_path):
     x, y = embeddings()
     file = save(tmp_path / "x.npz", embeddings=x, labels=y)
-    results = run(tmp_path, file, "--embedding-size", "16", "--loss", "triplet")
+    results = run(tmp_path, file, "--loss", "triplet")
     unit = torch.nn.functional.normalize(torch.from_numpy(x[48:]))
     nearest = (unit @ unit.T).fill_diagonal_(-2).argmax(1).numpy()
     expected = (y[48:][nearest] == y[48:]).mean()
-    assert results["before"]["precision_at_1"] == pytest.approx(expected)
+    assert results["features"]["precision_at_1"] == pytest.approx(expected)
+
+
+def test_the_embedder_starts_with_scaled_principal_components():
+    x = torch.from_numpy(embeddings()[0])
+    embedder = networks.pca_embedder(x, 5)
+    with torch.no_grad():
+        outputs = embedder(x)
+    pca = PCA(5).fit(x.numpy())
+    expected = pca.transform(x.numpy()) / np.sqrt(pca.singular_values_)
+    outputs, expected = np.abs(outputs.numpy()), np.abs(expected)  # the signs are arbitrary
+    expected *= np.linalg.norm(outputs) / np.linalg.norm(expected)
+    assert outputs == pytest.approx(expected, abs=1e-4)
+    assert embedder.weight[0].norm().item() == pytest.approx(1)
+
+
+def test_principal_components_of_few_samples():
+    x = torch.from_numpy(embeddings()[0][:6])
+    embedder = networks.pca_embedder(x, 12)
+    assert torch.linalg.matrix_rank(embedder.weight) == 12
+    assert embedder.weight.norm(dim=1).max() < 32
+    constant = networks.pca_embedder(torch.ones(6, 4), 3)
+    assert constant.weight.isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -29,11 +29,15 @@ def small_omniglot(folder):
     return ["--dataset", "omniglot", "--data-root", str(folder), "--batch-size", "32"]
 
 
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch):
+    for name in ("training_curves", "retrieval_board", "embedding_map", "similarity_distributions"):
+        monkeypatch.setattr(figures, name, lambda path, *arguments: path.touch())
+
+
 def run(out, epochs, data):
     """One attempt, in this process."""
     torch.set_num_threads(1)
-    for name in ("training_curves", "retrieval_board", "embedding_map", "similarity_distributions"):
-        setattr(figures, name, lambda path, *arguments: path.touch())
     resume = ["--resume"] if (out / "checkpoint.pt").exists() else []
     # An attempt that was killed before its first checkpoint leaves a partial file.
     if not resume and out.is_dir():

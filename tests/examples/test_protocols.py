@@ -164,6 +164,6 @@ def test_the_table_has_a_column_for_reranking(capsys):
     accuracies = {"before": before, "after": before, "re-ranked": {"precision_at_1": 0.7}}
     report.print_table(accuracies)
     first, second, third = capsys.readouterr().out.splitlines()
-    assert first.split() == ["before", "after", "change", "re-ranked"]
-    assert second.split() == ["precision@1", "0.500", "0.500", "+0.000", "0.700"]
+    assert first.split() == ["before", "after", "re-ranked", "change"]
+    assert second.split() == ["precision@1", "0.500", "0.500", "0.700", "+0.000"]
     assert third.split() == ["recall@2", "0.600", "0.600", "+0.000"]

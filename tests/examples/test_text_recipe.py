@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 
 RECIPE = Path(__file__).parents[2] / "examples" / "recipes" / "text.py"
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+NUMBERED = list(enumerate(WORDS))
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +43,16 @@ def encoder_folder(tmp_path_factory):
         tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]"
     ).save_pretrained(folder)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    # Large weights, so that the embeddings of two texts are far apart.
-    BertModel(
-        BertConfig(
-            len(vocabulary),
-            intermediate_size=32,
-            max_position_embeddings=64,
-            initializer_range=0.5,
-            **sizes,
-        )
-    ).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.5,  # so that the embeddings of two texts are far apart
+    )
+    BertModel(config).save_pretrained(folder)
     return folder
 
 
@@ -64,7 +64,7 @@ def function(name, text):
 def package(tmp_path, monkeypatch):
     """Two subpackages with enough texts, and what must be left out."""
     sources = {
-        "first": "".join(function(f"f{i}", f"Return {word} of them.") for i, word in ALL)
+        "first": "".join(function(f"f{i}", f"Return {word} of them.") for i, word in NUMBERED)
         + function("_private", "Return the private text.")
         + function("same_text", "Return one of them.")
         + function("short", "Return one.")
@@ -75,10 +75,10 @@ def package(tmp_path, monkeypatch):
         "second": "from tiny_texts.first import f0, shared as imported\n\n\n"
         + "".join(
             function(f"g{i}", f"g{i}(x, out=None)\n\n    Remove {word}\n    of these.\n\n    More.")
-            for i, word in ALL[:9]
+            for i, word in NUMBERED[:9]
         )
         + function("shared", "Return what both subpackages have."),
-        "few": "".join(function(f"h{i}", f"Insert {word} of these.") for i, word in ALL[:7]),
+        "few": "".join(function(f"h{i}", f"Insert {word} of these.") for i, word in NUMBERED[:7]),
         "tests": "raise RuntimeError('tests are not imported')\n",
     }
     for name, source in sources.items():
@@ -92,9 +92,6 @@ def package(tmp_path, monkeypatch):
     yield "tiny_texts"
     for name in [name for name in sys.modules if name.split(".")[0] == "tiny_texts"]:
         del sys.modules[name]
-
-
-ALL = list(enumerate(WORDS))
 
 
 def test_the_file(recipe, encoder_folder, package, tmp_path, capsys):
@@ -115,11 +112,15 @@ def test_the_file(recipe, encoder_folder, package, tmp_path, capsys):
 
 
 def test_train_py_can_read_the_file(recipe, encoder_folder, package, tmp_path):
-    recipe.main(tmp_path / "x.npz", encoder_folder, [package])
+    recipe.main(tmp_path / "x.npz", encoder_folder, packages=[package])
     data = datasets.load("features", tmp_path / "x.npz")
     assert data.train.names == data.test.names == ["tiny_texts.first", "tiny_texts.second"]
     for samples in (data.train, data.test):
         assert min(Counter(samples.labels).values()) >= 4
+    recipe.main(tmp_path / "x.npz", encoder_folder, unseen=True, packages=[package])
+    arrays = np.load(tmp_path / "x.npz")
+    assert set(arrays["labels"][arrays["split"] == 0]) == {"tiny_texts.first"}
+    assert set(arrays["labels"][arrays["split"] == 1]) == {"tiny_texts.second"}
 
 
 def test_the_file_is_the_same_each_time(recipe, package):
@@ -134,7 +135,8 @@ def test_padding_does_not_change_an_embedding(recipe, encoder_folder):
     together = recipe.embed(texts, *encoder)
     alone = torch.cat([recipe.embed([text], *encoder) for text in texts])
     assert torch.allclose(together, alone, atol=1e-5)
-    assert torch.allclose(recipe.embed(texts, *encoder, batch_size=2), alone, atol=1e-5)
+    # 90 texts are embedded in two batches.
+    assert torch.allclose(recipe.embed(texts * 30, *encoder), alone.repeat(30, 1), atol=1e-5)
     assert not torch.allclose(together[0], together[1], atol=0.1)
 
 

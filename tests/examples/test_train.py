@@ -130,7 +130,7 @@ def test_run_writes_results_and_figures(tmp_path, monkeypatch, capsys):
     for metric in ("precision_at_1", "r_precision", "mean_average_precision_at_r"):
         label, before = metrics.METRICS[metric], results["before"][metric]
         after = results["after"][metric]
-        assert f"  {label:14}{before:8.3f}{after:8.3f}{after - before:+9.3f}\n" in printed
+        assert f"  {label:14}{before:10.3f}{after:10.3f}{after - before:+10.3f}\n" in printed
     assert printed.rstrip().endswith(str(tmp_path / "run" / "retrieval.png"))
 
 
