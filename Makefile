@@ -8,10 +8,20 @@ CONSTRAINTS ?= $(if $(findstring 3.10.,$(shell $(PYTHON) --version)),constraints
 # Idle OpenMP threads sleep. By default they spin, and slow down the tests that run in parallel.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-long docs facts notebooks packages lint format clean
+# The photographs of `make demo-photos`: a dataset of examples/train.py and its directory.
+PHOTOS ?= cars196
+DATA ?= $(PML_EXTRAS_DATA)
+
+.PHONY: demo demo-photos test test-long docs facts notebooks trunks packages lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/train.py --loss contextual --dataset digits --out runs/demo --overwrite
+
+demo-photos: $(VENV)/.installed
+	$(BIN)/python examples/train.py --trunk efficientnet_lite0 --image-size 160 --cache blocks.14 \
+		--freeze-norm --embedding-size 128 --epochs 8 --schedule cosine --warmup 1 \
+		--loss multi_similarity --miner multi_similarity --rerank \
+		--dataset $(PHOTOS) $(if $(DATA),--data-root "$(DATA)") --out runs/demo-photos --overwrite
 
 test: lint
 	$(BIN)/python -m pytest -n auto --cov
@@ -29,6 +39,10 @@ facts: $(VENV)/.installed
 # Run the notebooks at their full size and save their outputs.
 notebooks: $(VENV)/.installed
 	cd examples/recipes && OMP_NUM_THREADS=1 $(abspath $(BIN))/jupyter execute --inplace *.ipynb
+
+# Train with networks of timm, torchvision and transformers in a new environment. Downloads gigabytes.
+trunks:
+	$(PYTHON) scripts/check_trunks.py
 
 # Build the packages and test them in new environments. Downloads gigabytes.
 packages:

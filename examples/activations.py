@@ -13,12 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from images import UserError
+from samples import Samples
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transforms import Transform
-
-from data import Samples
 
 
 @dataclass(frozen=True)
@@ -80,22 +79,25 @@ def compute(
     generator = torch.Generator()
     loader = DataLoader(Views(samples), batch_size, num_workers=workers, generator=generator)
     start, values = 0, None
-    with tqdm(total=len(samples), desc="computing activations", unit=" images") as bar:
-        for views in loader:
-            outputs = network(views.to(device).flatten(0, 1)).unflatten(0, views.shape[:2])
-            half = outputs.half().cpu()
-            if not half.isfinite().all():
-                raise UserError("--cache: activations exceed float16; choose another block")
-            if values is None:
-                shape = (len(samples), *half.shape[1:])
-                check_space(path.parent, 2 * math.prod(shape))
-                values = np.lib.format.open_memmap(partial, "w+", np.float16, shape)
-            values[start : start + len(half)] = half.numpy()
-            start += len(half)
-            bar.update(len(half))
-    assert values is not None
-    values.flush()
-    partial.replace(path)
+    try:
+        with tqdm(total=len(samples), desc="computing activations", unit=" images") as bar:
+            for views in loader:
+                outputs = network(views.to(device).flatten(0, 1)).unflatten(0, views.shape[:2])
+                half = outputs.half().cpu()
+                if not half.isfinite().all():
+                    raise UserError("--cache: activations exceed float16; choose another block")
+                if values is None:
+                    shape = (len(samples), *half.shape[1:])
+                    check_space(path.parent, 2 * math.prod(shape))
+                    values = np.lib.format.open_memmap(partial, "w+", np.float16, shape)
+                values[start : start + len(half)] = half.numpy()
+                start += len(half)
+                bar.update(len(half))
+        assert values is not None
+        values.flush()
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def check_space(folder: Path, size: int) -> None:

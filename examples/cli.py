@@ -20,8 +20,7 @@ import protocols
 import torch
 import trunks
 from images import UserError
-
-from data import Samples
+from samples import Samples
 
 DEFAULT_LR, FINE_TUNING_LR = 1e-3, 1e-4
 IN_MEMORY = ("digits", "omniglot", "cifar100", "features")

@@ -23,11 +23,10 @@ from downloads import fetch, fetch_with_pml
 from images import UserError, directories, image_files, list_skipped, printable
 from PIL import Image
 from pytorch_metric_learning import datasets as pml_datasets
+from samples import Data, Samples, split_classes
 from sklearn.datasets import load_digits
 from torch import Tensor
 from tqdm import tqdm
-
-from data import Data, Samples, split_classes
 
 OMNIGLOT_URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
 CIFAR100_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from metrics import METRICS
+from samples import Samples
 from sklearn.manifold import TSNE
 from sklearn.metrics import roc_auc_score
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from data import Samples
 from pml_extras.label_noise import LabelNoiseDetector
 
 RIGHT, WRONG, INK, MUTED = "#2a9d4a", "#d1343f", "#222222", "#777777"

@@ -10,9 +10,9 @@ import torch
 from pytorch_metric_learning.distances import CosineSimilarity
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.inference import CustomKNN
+from samples import Samples
 from torch import Tensor
 
-from data import Samples
 from pml_extras.inference import ContextualKNN
 
 METRICS = {

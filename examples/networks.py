@@ -14,10 +14,9 @@ import trunks
 from images import UserError
 from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
 from pytorch_metric_learning.trainers import MetricLossOnly
+from samples import Data, Samples
 from torch import Tensor, nn
 from trunks import Bfloat16, Trunk
-
-from data import Data, Samples
 
 MAX_PCA_SAMPLES = 5000
 Sets = tuple[Samples, Samples | None, Samples]  # to train, to validate, to test

@@ -19,10 +19,10 @@ import torch
 from images import printable
 from metrics import PRIMARY_METRIC, label
 from pytorch_metric_learning.utils.logging_presets import get_record_keeper
+from samples import Data, Samples
 from torch import Tensor
 
 import pml_extras
-from data import Data, Samples
 from pml_extras.label_noise import LabelNoiseDetector
 
 FIGURES = ("curves.png", "retrieval.png", "map.png", "similarities.png", "labels.png")

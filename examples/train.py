@@ -43,9 +43,9 @@ from metrics import PRIMARY_METRIC, RetrievalAccuracy
 from networks import Networks, Trainer, for_testing
 from pytorch_metric_learning.samplers import MPerClassSampler
 from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
+from samples import Samples, hold_out, with_label_noise
 from torch import nn
 
-from data import Samples, hold_out, with_label_noise
 from pml_extras.label_noise import LabelNoiseDetector
 
 

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from images import UserError
+from samples import Data
 from torch import Tensor, nn
 from transforms import Transform
-
-from data import Data
 
 Values = tuple[float, ...]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -8,10 +8,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import checkpoint
 from datasets import ROOT_VARIABLE, load
 from images import UserError
+from samples import Samples, hold_out, with_label_noise
 from transforms import Transform
 from trunks import small
-
-from data import Samples, hold_out, with_label_noise
 
 __all__ = [
     "ROOT_VARIABLE",

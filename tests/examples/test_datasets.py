@@ -18,9 +18,8 @@ import torch
 import train
 from images import UserError
 from PIL import Image
+from samples import Samples, hold_out, with_label_noise
 from transforms import Transform
-
-from data import Samples, hold_out, with_label_noise
 
 DATA_ROOT = os.environ.get("PML_EXTRAS_DATA")  # of the real datasets
 

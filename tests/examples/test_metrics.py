@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from metrics import METRICS, RetrievalAccuracy
-
-from data import Samples
+from samples import Samples
 
 
 def clustered(classes=12, per_class=5):

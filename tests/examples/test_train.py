@@ -20,9 +20,9 @@ from PIL import Image
 from pytorch_metric_learning.losses import SmoothAPLoss
 from pytorch_metric_learning.samplers import MPerClassSampler
 from pytorch_metric_learning.trainers import MetricLossOnly
+from samples import Data
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from data import Data
 from pml_extras.label_noise import LabelNoiseDetector
 
 FILES = [

@@ -9,10 +9,9 @@ import torch
 import transformers
 import trunks
 from images import UserError
+from samples import Data, Samples
 from torch import nn
 from trunks import Trunk
-
-from data import Data, Samples
 
 
 def images(size, n=2):
