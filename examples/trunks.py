@@ -65,9 +65,9 @@ def build(name: str, channels: int, size: int | None, random_weights: bool = Fal
     else:
         raise UserError(f"--trunk {name}: there is no such trunk; known are {NAMES}")
     trunk = replace(trunk, size=size or trunk.size)
-    # Convolutions are faster with this memory format, on CPUs and GPUs.
-    network = trunk.network.to(memory_format=torch.channels_last)
-    return replace(trunk, network=network, width=check_output(name, trunk))
+    if name != "small":  # convolutions of large networks are faster with this memory format
+        trunk.network.to(memory_format=torch.channels_last)
+    return replace(trunk, width=check_output(name, trunk))
 
 
 def check_output(name: str, trunk: Trunk) -> int:
