@@ -110,15 +110,16 @@ def pca_embedder(features: Tensor, embedding_size: int) -> nn.Linear:
     Each component is divided by the square root of its standard deviation. On the training classes
     of Cars196 and CUB, this retrieves better than components without a scale and than whitening.
     """
+    features = features.double().cpu()
     count, width = features.shape
     if embedding_size > width:
         raise UserError(
             f"--embedding-size {embedding_size}: --init pca needs at least as many features; the "
             f"trunk has {width}; choose a smaller size or --init random"
         )
-    mean = features.double().mean(0)
+    mean = features.mean(0)
     # With fewer samples than features, the full matrix has further orthogonal rows.
-    _, scales, components = torch.linalg.svd(features.double() - mean, full_matrices=count < width)
+    _, scales, components = torch.linalg.svd(features - mean, full_matrices=count < width)
     scales = nn.functional.pad(scales, (0, width - len(scales)))[:embedding_size]
     scales = scales.clamp(min=max(1e-3 * float(scales[0]), 1e-12))
     weight = components[:embedding_size] * (scales[0] / scales).sqrt()[:, None]
