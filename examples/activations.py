@@ -100,6 +100,16 @@ def compute(
         partial.unlink(missing_ok=True)
 
 
+@torch.no_grad()
+def probe(network: nn.Module, transform: Transform) -> str:
+    """Two numbers that depend on what the network computes, which its weights alone do not tell."""
+    generator = torch.Generator().manual_seed(0)
+    shape = 2, len(transform.mean), transform.size, transform.size
+    images = torch.randn(shape, generator=generator)
+    output = network.cpu().eval()(images).double()
+    return f"{output.mean():.2e} {output.abs().mean():.2e}"
+
+
 def check_space(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if size > free:
@@ -113,7 +123,7 @@ def fingerprint(samples: Samples, network: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=12)
     transform = samples.transform
     assert isinstance(transform, Transform)
-    digest.update(repr((transform, network)).encode())
+    digest.update(repr((transform, network, probe(network, transform))).encode())
     for name, value in network.state_dict().items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())

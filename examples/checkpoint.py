@@ -24,6 +24,8 @@ STATEFUL_GROUPS = (
     "mining_funcs",
 )  # of a PML trainer
 
+KEYS = {*RUN_STATE, *STATEFUL_GROUPS, "sampler", "detector", "random"}
+
 
 def save(path: Path, content: dict[str, Any]) -> None:
     """Write a file atomically: if this is interrupted, the previous file stays."""

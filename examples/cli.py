@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import ast
 import math
 import os
 import sys
@@ -20,7 +20,7 @@ import protocols
 import torch
 import trunks
 from images import UserError
-from samples import Samples
+from samples import Samples, digest
 
 DEFAULT_LR, FINE_TUNING_LR = 1e-3, 1e-4
 IN_MEMORY = ("digits", "omniglot", "cifar100", "features")
@@ -30,16 +30,19 @@ def call(run: Callable[[argparse.Namespace], None], arguments: Sequence[str] | N
     """Parse the arguments, run, and return the exit code. A user's error is printed in one line."""
     # PML's progress bar formats the loss without detaching it; torch warns about that.
     warnings.filterwarnings("ignore", "Converting a tensor with requires_grad=True")
+    args = None
     try:
-        run(parse(arguments))
+        args = parse(arguments)
+        run(args)
     except UserError as error:
         # An error in a worker process contains the worker's traceback. Its end is the message.
         message = str(error).rsplit("UserError: ", 1)[-1]
         print(f"train.py: error: {' '.join(message.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ntrain.py: stopped; use --resume to continue after the last complete epoch",
-              file=sys.stderr)  # fmt: skip
+        has_checkpoint = args and (args.out / "checkpoint.pt").is_file()
+        hint = "; use --resume to continue after the last complete epoch" if has_checkpoint else ""
+        print(f"\ntrain.py: stopped{hint}", file=sys.stderr)
         return 130
     return 0
 
@@ -64,13 +67,16 @@ def at_least(kind: Callable[[str], Any], low: float, below: float = math.inf) ->
 
 
 def option(text: str) -> tuple[str, Any]:
-    """An argument type: NAME=VALUE, where VALUE is a number, true, false, null or text."""
+    """An argument type: NAME=VALUE, where VALUE is a number, true, false, none or text."""
     name, separator, value = text.partition("=")
     if not separator:
         raise argparse.ArgumentTypeError(f"{text} is not NAME=VALUE")
+    words = {"true": True, "false": False, "none": None, "null": None}
+    if value.lower() in words:
+        return name, words[value.lower()]
     try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
         return name, value
 
 
@@ -188,28 +194,33 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def check(args: argparse.Namespace) -> None:
     """Refuse arguments that do not go together."""
     if args.features:
-        for name in ("protocol", "train_from", "cache", "image_size", "freeze_trunk"):
-            if getattr(args, name):
+        for name in ("protocol", "trunk", "trunk_lr", "train_from", "cache", "image_size",
+                     "freeze_trunk", "freeze_norm", "random_weights"):  # fmt: skip
+            if getattr(args, name) not in (None, False, "small"):
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} is for images; --features has no images and no trunk")
     if args.trunk == "small" and args.dataset in IN_MEMORY and args.image_size:
         raise UserError(f"--image-size: {args.dataset} has a fixed size for --trunk small")
     if args.download and args.dataset not in datasets.DOWNLOADS:
         raise UserError(f"--download: there is nothing to download for --dataset {args.dataset}")
+    for flag, block in (("--cache", args.cache), ("--train-from", args.train_from)):
+        if block == "":
+            raise UserError(f"{flag}: the name of the block is empty")
     if sum(map(bool, (args.freeze_trunk, args.train_from, args.cache))) > 1:
         raise UserError("--freeze-trunk, --train-from and --cache exclude each other")
     if args.warmup >= args.epochs:
         raise UserError(f"--warmup {args.warmup} is not below --epochs {args.epochs}")
 
 
-def config(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that decide the result: runs of the same configuration are equal."""
+def config(args: argparse.Namespace, train_set: Samples) -> dict[str, Any]:
+    """What decides the result: runs of the same configuration are equal."""
     other = {"device", "out", "resume", "overwrite", "rerank"}
     other |= {"data_root", "download", "features", "cache_dir"}
     # The weight of distillation and the schedules depend on epoch / epochs.
     if not args.distill and args.schedule == "none":
         other.add("epochs")
-    return {key: value for key, value in vars(args).items() if key not in other}
+    arguments = {key: value for key, value in vars(args).items() if key not in other}
+    return {**arguments, "data": digest(train_set)}
 
 
 def pick_device(name: str) -> torch.device:
@@ -258,8 +269,12 @@ def pick_batch(args: argparse.Namespace, images: Samples) -> tuple[int, int]:
 def check_out(args: argparse.Namespace) -> None:
     """Check that --out holds a run to resume, or nothing that would be lost."""
     out = args.out
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out: {out} is a file")
+    for flag, folder in (("--out", out), ("--cache-dir", args.cache_dir)):
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not existing.is_dir():
+            raise UserError(f"{flag}: {existing} is a file")
+        if not os.access(existing, os.W_OK):
+            raise UserError(f"{flag}: {existing} is not writable")
     holds_run = (out / "checkpoint.pt").is_file()
     if args.resume and not holds_run:
         raise UserError(f"--resume: there is no run in {out}")
@@ -278,11 +293,16 @@ def has_epochs(path: Path) -> bool:
         return True  # of an unknown kind, so not to be replaced unless the user says so
 
 
-def load_run(args: argparse.Namespace) -> dict[str, Any]:
+def load_run(args: argparse.Namespace, config: dict[str, Any]) -> dict[str, Any]:
     """Load the run to resume. It must have the same configuration and not be past --epochs."""
-    saved = checkpoint.load(args.out / "checkpoint.pt")
-    for key, value in config(args).items():
+    path = args.out / "checkpoint.pt"
+    saved = checkpoint.load(path)
+    if not (isinstance(saved, dict) and saved.keys() >= checkpoint.KEYS):
+        raise UserError(f"--resume: {path} is not a checkpoint of this script")
+    for key, value in config.items():
         saved_value = saved["config"].get(key)
+        if value != saved_value and key == "data":
+            raise UserError("--resume: the run was started with other training samples")
         if value != saved_value:
             flag = f"--{key.replace('_', '-')}"
             raise UserError(f"--resume: the run was started with {flag} {saved_value}, not {value}")

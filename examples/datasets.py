@@ -13,7 +13,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -170,10 +170,25 @@ def packed(path: Path) -> Data:
     y: (n,) classes from 0. is_test: (n,). class_names: optional.
     """
     arrays = _npz(path, "jpeg", "offset", "y", "is_test", optional=["class_names"])
-    content, offset = arrays["jpeg"].tobytes(), arrays["offset"].tolist()
-    images = [content[start:end] for start, end in pairwise(offset)]
     names = arrays.get("class_names")
-    return split_classes(images, arrays["y"], arrays["is_test"], names, mirrored=True, cropped=True)
+    jpeg, offset, y = arrays["jpeg"], arrays["offset"], arrays["y"]
+    is_valid = (
+        jpeg.dtype == np.uint8
+        and offset.ndim == y.ndim == arrays["is_test"].ndim == 1
+        and np.issubdtype(offset.dtype, np.integer)
+        and np.issubdtype(y.dtype, np.integer)
+        and len(offset) - 1 == len(y) == len(arrays["is_test"]) > 0
+        and (offset[0], offset[-1]) == (0, len(jpeg))
+        and (np.diff(offset) > 0).all()
+        and (y >= 0).all()
+        and (names is None or y.max() < len(names))
+    )
+    if not is_valid:
+        raise UserError(f"{path}: the arrays do not have the shapes and values of a packed file")
+    content = jpeg.tobytes()
+    images = [content[start:end] for start, end in pairwise(offset.tolist())]
+    is_test = _is_test(arrays["is_test"], path)
+    return split_classes(images, y, is_test, names, mirrored=True, cropped=True)
 
 
 def inshop(root: Path) -> Data:
@@ -212,6 +227,8 @@ def folder(root: Path) -> Data:
     held_out = next((n for n in ("test", "val", "valid", "validation") if (root / n).is_dir()), "")
     has_split = (root / "train").is_dir() and bool(held_out)
     parts = [root / "train", root / held_out] if has_split else [root]
+    if not has_split and [path.name for path in directories(root)] == ["train"]:
+        raise UserError(f"folder: {root} has train/, but no test/ or val/")
     skipped: Counter[str] = Counter()
     files, labels, is_test = [], [], []
     for index, part in enumerate(parts):
@@ -231,8 +248,11 @@ def _from_csv(path: Path) -> Data:
     """The columns path (relative to the CSV file), label and, optional, split: train or test."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+            header, *lines = [[cell.strip() for cell in line] for line in csv.reader(file) if line]
+            rows = [dict(zip_longest(header, line)) for line in lines]
+    except ValueError as error:
+        raise UserError(f"folder: {path} is empty or not text: {error}") from error
+    except (OSError, csv.Error) as error:
         raise UserError(f"folder: cannot read {path}: {error}") from error
     columns = rows[0].keys() if rows else []
     if not {"path", "label"} <= set(columns):
@@ -268,7 +288,10 @@ def features(path: Path) -> Data:
     """
     arrays = _npz(path, "embeddings", "labels", optional=["split"])
     embeddings, labels = arrays["embeddings"], arrays["labels"]
-    if embeddings.ndim != 2 or not np.issubdtype(embeddings.dtype, np.number):
+    is_real = np.issubdtype(embeddings.dtype, np.floating) or np.issubdtype(
+        embeddings.dtype, np.integer
+    )
+    if embeddings.ndim != 2 or not is_real:
         raise UserError(
             f"{path}: embeddings must be numbers (n, width), not {embeddings.dtype} "
             f"{embeddings.shape}"
@@ -277,11 +300,17 @@ def features(path: Path) -> Data:
     for name, array in (("labels", labels), ("split", split)):
         if array is not None and array.shape != embeddings.shape[:1]:
             raise UserError(f"{path}: {name} must be ({len(embeddings)},), not {array.shape}")
+    if labels.dtype.kind == "f" and np.isnan(labels).any():
+        raise UserError(f"{path}: the label at row {np.isnan(labels).argmax()} is NaN")
+    if labels.dtype.kind == "S":
+        labels = np.char.decode(labels, "utf-8", "replace")
+    with np.errstate(over="ignore"):
+        embeddings = embeddings.astype(np.float32)  # infinite if too large, like the next line says
     if not np.isfinite(embeddings).all():
         row = int(np.flatnonzero(~np.isfinite(embeddings).all(1))[0])
         raise UserError(f"{path}: the embedding at row {row} is not finite")
     is_test = None if split is None else _is_test(split, path)
-    return split_classes(torch.from_numpy(embeddings).float(), labels, is_test)
+    return split_classes(torch.from_numpy(embeddings), labels, is_test)
 
 
 ROOT_VARIABLE = "PML_EXTRAS_DATA"
@@ -297,7 +326,7 @@ def load(name: str, root: Path | None, download: bool = False) -> Data:
         raise UserError(
             f"--dataset {name} needs --data-root DIR, or {ROOT_VARIABLE}=DIR in the environment"
         )
-    is_file = name == "features" or (name == "folder" and root.suffix.lower() == ".csv")
+    is_file = name == "features" or (name == "folder" and (root.suffix == ".csv" or root.is_file()))
     if not (root.is_file() if is_file else root.is_dir() or download):
         kind = "file" if is_file else "directory"
         raise UserError(f"there is no {kind} {root} (--data-root or {ROOT_VARIABLE})")
@@ -312,16 +341,16 @@ def load(name: str, root: Path | None, download: bool = False) -> Data:
         data = {"omniglot": omniglot, "cifar100": cifar100}[name](root, download)
     else:
         data = {"inshop": inshop, "folder": folder, "features": features}[name](root)
-    for samples in (data.train, data.test):
-        check(name, samples)
+    check(name, "training", data.train)
+    check(name, "test", data.test)
     return data
 
 
-def check(name: str, samples: Samples) -> None:
+def check(name: str, part: str, samples: Samples) -> None:
     if len(samples.names) < 2:
         raise UserError(
-            f"{name}: the training set and the test set need at least two classes each; one has "
-            f"{len(samples.names)}"
+            f"{name}: the training set and the test set need at least two classes each; the {part} "
+            f"set has {len(samples.names)}"
         )
     counts = Counter(samples.labels)
     too_small = [name for label, name in enumerate(samples.names) if counts[label] < 2]
@@ -342,7 +371,7 @@ def _npz(path: Path, *keys: str, optional: Sequence[str] = ()) -> dict[str, np.n
         with np.load(path, allow_pickle=False) as file:
             present = [key for key in optional if key in file]
             return {key: file[key] for key in (*keys, *present)}
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot read {path}: {error}") from error
 
 

@@ -135,7 +135,7 @@ def label_board(
         for row, issue in enumerate(issues):
             y = 1.25 * row
             _tile(axes, images, issue, 0, y, WRONG)
-            axes.text(0.05, y + 1.12, f"image {issue}", size=8, color=MUTED)
+            axes.text(0.05, y + 1.12, _short(images.name(issue)), size=8, color=MUTED)
             for x, _, labels in blocks:
                 label = int(labels[issue])
                 axes.text(x + 0.05, y + 1.12, _short(images.names[label], 40), size=8, color=MUTED)

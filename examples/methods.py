@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from images import UserError
 from pytorch_metric_learning import losses, miners
 from pytorch_metric_learning.distances import CosineSimilarity
@@ -66,10 +67,14 @@ def build_loss(
     """The loss, with class interference and self-distillation if the arguments ask for them."""
     loss_class, options = LOSSES[args.loss]
     defaults = options(num_classes, args.embedding_size, args.samples_per_class)
+    if fixed := args.loss_options.keys() & centers(0, 0).keys():
+        raise UserError(f"--loss-options: {min(fixed)} follows from the other arguments")
     try:
         loss = loss_class(**{**defaults, **args.loss_options})
-    except (TypeError, ValueError) as error:
-        raise UserError(f"--loss-options: {error}") from error
+        if args.loss_options:
+            check_loss(loss, args.embedding_size)
+    except Exception as error:  # of any kind, from PML's code
+        raise UserError(f"--loss-options: {type(error).__name__}: {error}") from error
     if args.interfere is not None:
         regularizer = ClassInterferenceRegularizer(
             num_classes, args.embedding_size, strength=args.interfere
@@ -79,6 +84,15 @@ def build_loss(
         teacher = TEACHERS[args.distill](models["trunk"], models["embedder"])
         loss = SelfDistillation(loss, teacher, num_epochs=args.epochs)
     return loss
+
+
+@torch.no_grad()
+def check_loss(loss: nn.Module, embedding_size: int) -> None:
+    """Call the loss on two classes of two samples, so that wrong options fail before training."""
+    embeddings = torch.randn(4, embedding_size, generator=torch.Generator().manual_seed(0))
+    value = loss(embeddings, torch.tensor([0, 0, 1, 1]))
+    if not value.isfinite():
+        raise ValueError(f"the loss of a random batch is {value.item()}")
 
 
 def build_miner(args: argparse.Namespace) -> Any:

@@ -119,7 +119,7 @@ def pca_embedder(features: Tensor, embedding_size: int) -> nn.Linear:
         )
     mean = features.mean(0)
     # With fewer samples than features, the full matrix has further orthogonal rows.
-    _, scales, components = torch.linalg.svd(features - mean, full_matrices=count < width)
+    _, scales, components = torch.linalg.svd(features - mean, full_matrices=count < embedding_size)
     scales = nn.functional.pad(scales, (0, width - len(scales)))[:embedding_size]
     scales = scales.clamp(min=max(1e-3 * float(scales[0]), 1e-12))
     weight = components[:embedding_size] * (scales[0] / scales).sqrt()[:, None]

@@ -16,7 +16,6 @@ import figures
 import protocols
 import pytorch_metric_learning
 import torch
-from images import printable
 from metrics import PRIMARY_METRIC, label
 from pytorch_metric_learning.utils.logging_presets import get_record_keeper
 from samples import Data, Samples
@@ -117,9 +116,7 @@ def label_issues(
     out: Path, detector: LabelNoiseDetector, train: Samples, true_labels: list[int]
 ) -> dict[str, float]:
     """Write labels.csv. Return the number of label issues, and how well they match wrong labels."""
-    has_files = not isinstance(train.source, Tensor) and isinstance(train.source[0], Path)
-    rows = train.rows and list(map(str, train.rows))
-    names = list(map(printable, train.source)) if has_files else rows
+    names = [train.name(index) for index in range(len(train))]
     detector.to_csv(out / "labels.csv", class_names=train.names, sample_names=names)
     if train.labels == true_labels:
         return {"count": len(detector.find_label_issues())}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from images import UserError, open_picture
+from images import UserError, open_picture, printable
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -49,6 +50,12 @@ class Samples(Dataset[tuple[Tensor, int]]):
         """Height and width in pixels, if all images have the same."""
         return self.source.shape[-1] if isinstance(self.source, Tensor) else None
 
+    def name(self, index: int) -> str:
+        """The file of a sample, or its row in the user's file."""
+        if not isinstance(self.source, Tensor) and isinstance(self.source[index], Path):
+            return printable(self.source[index])
+        return str(self.rows[index] if self.rows else index)
+
     def picture(self, index: int) -> Image.Image:
         if isinstance(self.source, Tensor):
             pixels = self.source[index].permute(1, 2, 0).squeeze(2)
@@ -66,6 +73,18 @@ class Samples(Dataset[tuple[Tensor, int]]):
             for values in (self.labels, self.is_query, self.rows)
         )
         return replace(self, source=source, labels=labels, is_query=is_query, rows=rows)
+
+
+def digest(samples: Samples) -> str:
+    """A text that changes with the labels and the images or features, but not with their place."""
+    content = hashlib.blake2b(repr((samples.labels, samples.names)).encode(), digest_size=8)
+    if isinstance(samples.source, Tensor):
+        content.update(samples.source.contiguous().numpy().tobytes())
+    else:
+        for file in samples.source:
+            is_file = isinstance(file, Path)
+            content.update(f"{file.name} {file.stat().st_size}".encode() if is_file else file)
+    return content.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -92,8 +111,10 @@ def hold_out(samples: Samples) -> tuple[Samples, Samples]:
             held_out.update(indices[4::5])
         elif len(indices) >= 4:
             held_out.update(indices[-2:])
-    if not held_out:
-        raise UserError("no training class has four images: nothing to hold out for validation")
+    if len({samples.labels[i] for i in held_out}) < 2:
+        raise UserError(
+            "fewer than two training classes have four samples: nothing to hold out for validation"
+        )
     kept = [i for i in range(len(samples)) if i not in held_out]
     return samples.subset(kept), samples.subset(sorted(held_out))
 

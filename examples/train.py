@@ -59,7 +59,8 @@ def run(args: Namespace) -> None:
     clean_labels = train_set.labels
     train_set = with_label_noise(train_set, args.label_noise, args.seed)
     args.batch_size, args.samples_per_class = cli.pick_batch(args, train_set)
-    saved = cli.load_run(args) if args.resume else None
+    config = cli.config(args, train_set)
+    saved = cli.load_run(args, config) if args.resume else None
 
     checkpoint.seed_everything(args.seed)
     tester = build_tester(args, device)
@@ -78,7 +79,7 @@ def run(args: Namespace) -> None:
         print(f"resuming after epoch {state['epoch']}")
     else:
         accuracy = evaluate(tester, val_set, trainer.models)[0] if val_set else {}
-        state = checkpoint.new_run(cli.config(args), accuracy)
+        state = checkpoint.new_run(config, accuracy)
         report.clear(args.out)
         checkpoint.save_run(args.out / "checkpoint.pt", state, trainer, detector)
     train(args, state, trainer, network, tester, val_set, detector)

@@ -6,8 +6,10 @@ import contextlib
 import importlib
 import io
 import math
+import os
+import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -31,7 +33,7 @@ class Trunk:
     """A network from images (N, channels, size, size) to features (N, width)."""
 
     network: nn.Module
-    size: int | None = 224  # of its images, in pixels; None: that of the dataset
+    size: int = 224  # of its images, in pixels
     mean: Values = IMAGENET_MEAN  # per channel, of pixels from 0 to 1
     std: Values = IMAGENET_STD
     center: float = 0.875  # side of the test crop, divided by the shorter side of the picture
@@ -65,6 +67,7 @@ def build(name: str, channels: int, size: int | None, random_weights: bool = Fal
     else:
         raise UserError(f"--trunk {name}: there is no such trunk; known are {NAMES}")
     trunk = replace(trunk, size=size or trunk.size)
+    trunk.network.float()  # some checkpoints are stored in half precision
     if name != "small":  # convolutions of large networks are faster with this memory format
         trunk.network.to(memory_format=torch.channels_last)
     return replace(trunk, width=check_output(name, trunk))
@@ -72,16 +75,9 @@ def build(name: str, channels: int, size: int | None, random_weights: bool = Fal
 
 def check_output(name: str, trunk: Trunk) -> int:
     """The width of the features."""
-    assert trunk.size
-    was_training = trunk.network.training
-    try:
-        with torch.no_grad():
-            output = trunk.network.eval()(torch.zeros(1, len(trunk.mean), trunk.size, trunk.size))
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise UserError(
-            f"--trunk {name}: it cannot process images of {trunk.size} pixels: {error}"
-        ) from error
-    trunk.network.train(was_training)
+    images = torch.zeros(1, len(trunk.mean), trunk.size, trunk.size)
+    with torch.no_grad(), explained(name, f"it cannot process images of {trunk.size} pixels"):
+        output = trunk.network.eval()(images)
     if not (isinstance(output, Tensor) and output.ndim == 2):
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise UserError(f"--trunk {name}: the output must be a tensor (N, features), not {shape}")
@@ -135,7 +131,7 @@ def from_timm(model: str, size: int | None, random_weights: bool) -> Trunk:
     timm = import_or_explain("timm", "pip install timm")
     name = f"timm:{model}"
     options = {"pretrained": not random_weights, "num_classes": 0}
-    with explained(name, {RuntimeError: "there is no such model"}):
+    with explained(name, NOT_LOADED, {RuntimeError: NO_SUCH_MODEL}):
         if size and timm.models.get_pretrained_cfg(model).fixed_input_size:
             options["img_size"] = size
         network = timm.create_model(model, **options)
@@ -150,11 +146,13 @@ def from_torchvision(model: str, size: int | None, random_weights: bool) -> Trun
     torchvision = import_or_explain("torchvision", "pip install torchvision")
     name = f"torchvision:{model}"
     model, _, version = model.partition(":")
-    with explained(name, dict.fromkeys((ValueError, AttributeError), "there is no such model")):
+    with explained(name, NOT_LOADED, dict.fromkeys((ValueError, AttributeError), NO_SUCH_MODEL)):
         weights = getattr(torchvision.models.get_model_weights(model), version or "DEFAULT")
         network = torchvision.models.get_model(model, weights=None if random_weights else weights)
-    *_, classifier = (k for k, module in network.named_modules() if isinstance(module, nn.Linear))
-    network.set_submodule(classifier, nn.Identity())
+    linear = [k for k, module in network.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise UserError(f"--trunk {name}: it has no linear classifier whose features could be used")
+    network.set_submodule(linear[-1], nn.Identity())
     preset = weights.transforms()
     crop, resize = preset.crop_size[0], preset.resize_size[0]
     return Trunk(network, crop, tuple(preset.mean), tuple(preset.std), crop / resize)
@@ -163,31 +161,38 @@ def from_torchvision(model: str, size: int | None, random_weights: bool) -> Trun
 def from_transformers(model: str, size: int | None, random_weights: bool) -> Trunk:
     transformers = import_or_explain("transformers", "pip install transformers")
     name = f"transformers:{model}"
-    with explained(name, {}):
+    with explained(name, NOT_LOADED):
         processor, _ = transformers.ImageProcessingMixin.get_image_processor_dict(model)
         if random_weights:
             config = transformers.AutoConfig.from_pretrained(model)
             network = transformers.AutoModel.from_config(config)
         else:
             network = transformers.AutoModel.from_pretrained(model)
-    own = processor.get("crop_size") or processor.get("size") or {}
-    own_size = own.get("height") or own.get("shortest_edge") if isinstance(own, dict) else own
+    resized, cropped = (side(processor.get(key)) for key in ("size", "crop_size"))
     mean = tuple(processor.get("image_mean", IMAGENET_MEAN))
     std = tuple(processor.get("image_std", IMAGENET_STD))
-    return Trunk(LastHiddenState(network), own_size or 224, mean, std)
+    center = cropped / resized if cropped and resized else 1.0
+    return Trunk(LastHiddenState(network), cropped or resized or 224, mean, std, center)
+
+
+def side(size: Any) -> int | None:
+    """The pixels in a size of transformers: a number or one of several dictionaries."""
+    return (size.get("height") or size.get("shortest_edge")) if isinstance(size, dict) else size
 
 
 class LastHiddenState(nn.Module):
-    """The class token of a transformer, or the pooled activations of a convolutional network."""
+    """The class token of a transformer, or the mean over all tokens or positions without one."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.has_class_token = any("cls_token" in name for name, _ in model.named_parameters())
 
     def forward(self, images: Tensor) -> Tensor:
-        output = self.model(pixel_values=images)
-        hidden: Tensor = output.last_hidden_state
-        return hidden[:, 0] if hidden.ndim == 3 else output.pooler_output.flatten(1)
+        hidden: Tensor = self.model(pixel_values=images).last_hidden_state
+        if hidden.ndim == 4:  # (N, width, height, width in pixels)
+            return hidden.mean((2, 3))
+        return hidden[:, 0] if self.has_class_token else hidden.mean(1)
 
 
 SOURCES: dict[str, Callable[[str, int | None, bool], Trunk]] = {
@@ -200,10 +205,9 @@ SOURCES: dict[str, Callable[[str, int | None, bool], Trunk]] = {
 def from_function(module: str, function: str) -> Trunk:
     """A network of the user's own. If it has a `default_cfg` like timm's networks, that is used."""
     name = f"{module}:{function}"
-    try:
+    sys.path.append(os.getcwd())
+    with explained(name, "cannot make it"):
         network = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"--trunk {name}: {error}") from error
     if not isinstance(network, nn.Module):
         raise UserError(f"--trunk {name}: it returned {type(network).__name__}, not a torch module")
     config = getattr(network, "default_cfg", {})
@@ -224,14 +228,20 @@ def import_or_explain(module: str, install: str) -> ModuleType:
         raise UserError(f"--trunk needs {module}: {install}{reason}") from error
 
 
+NO_SUCH_MODEL = "there is no such model"
+NOT_LOADED = "its weights cannot be loaded; --random-weights does without"
+
+
 @contextlib.contextmanager
-def explained(name: str, reasons: dict[type[Exception], str]) -> Any:
-    """Turn the errors of a package, of many kinds, into one line."""
+def explained(
+    name: str, reason: str, reasons: dict[type[Exception], str] | None = None
+) -> Iterator[None]:
+    """Turn the errors of other code, of any kind, into one line. `reasons` are for some kinds."""
     try:
         yield
     except Exception as error:
-        kinds = (reason for kind, reason in reasons.items() if isinstance(error, kind))
-        reason = next(kinds, "its weights cannot be loaded; --random-weights does without")
+        kinds = (kind for kind in reasons or {} if isinstance(error, kind))
+        reason = next((reasons[kind] for kind in kinds), reason) if reasons else reason
         raise UserError(f"--trunk {name}: {reason}: {one_line(error)}") from error
 
 
@@ -248,7 +258,6 @@ def split(trunk: Trunk, block: str) -> tuple[nn.Module, nn.Module]:
     The network must apply its modules one after the other, in the order of their registration.
     """
     before, after = split_chain(trunk.network, block, block)
-    assert trunk.size
     images = torch.randn(2, len(trunk.mean), trunk.size, trunk.size)
     # Some networks flatten their features without a module for it.
     for chain in (
@@ -269,16 +278,17 @@ def is_chain(network: nn.Module, before: nn.Module, after: nn.Module, images: Te
     expected = network.eval()(images)
     try:
         output = after.eval()(before.eval()(images))
-    except (RuntimeError, TypeError, ValueError):
+    except Exception:  # of any kind: the modules get other inputs than they are made for
         return False
-    return output.shape == expected.shape and torch.allclose(output, expected, atol=1e-4)
+    tolerance = 1e-4 * float(expected.abs().max())
+    return output.shape == expected.shape and torch.allclose(output, expected, atol=tolerance)
 
 
 def split_chain(module: nn.Module, block: str, whole: str) -> tuple[nn.Sequential, nn.Sequential]:
-    name, _, inner = block.partition(".")
+    name, dot, inner = block.partition(".")
     children = list(module.named_children())
     position = next((i for i, (child, _) in enumerate(children) if child == name), None)
-    if position is None:
+    if position is None or (dot and not inner):
         known = ", ".join(child for child, _ in children) or "none"
         raise UserError(f"the network has no block {whole}: {name} is none of {known}")
     before, after = children[:position], children[position:]
@@ -289,24 +299,20 @@ def split_chain(module: nn.Module, block: str, whole: str) -> tuple[nn.Sequentia
 
 
 def freeze_before(network: nn.Module, block: str) -> list[nn.Module]:
-    """Freeze the parameters before a block. Return the modules that hold them."""
+    """Freeze the parameters before a block. Return the modules before it."""
     modules = dict(network.named_modules())
     if block not in modules or not list(modules[block].parameters()):
         known = ", ".join(name for name, _ in network.named_children())
         raise UserError(f"--train-from {block}: the network has no such block with parameters; "
                         f"its first level is {known}")  # fmt: skip
-    first = next(modules[block].parameters())
-    frozen = []
-    for parameter in network.parameters():
-        if parameter is first:
-            break
-        frozen.append(parameter.requires_grad_(False))
-    ids = {id(parameter) for parameter in frozen}
-    return [
-        module
-        for module in modules.values()
-        if (own := [id(p) for p in module.parameters()]) and ids.issuperset(own)
-    ]
+    position = list(modules).index(block)
+    ancestors = {name for name in modules if f"{block}.".startswith(f"{name}.") or not name}
+    before = [module for name, module in list(modules.items())[:position] if name not in ancestors]
+    own = {id(parameter) for parameter in modules[block].parameters()}
+    first = next(i for i, p in enumerate(network.parameters()) if id(p) in own)
+    for parameter in list(network.parameters())[:first]:
+        parameter.requires_grad_(False)
+    return before
 
 
 class Bfloat16(nn.Module):

@@ -109,6 +109,20 @@ def test_other_networks_images_and_sizes_have_other_activations(samples, tmp_pat
     assert len(list(tmp_path.iterdir())) == len(variants)  # labels do not matter
 
 
+class Scaled(nn.Module):
+    factor = 1.0
+
+    def forward(self, x):
+        return self.factor * x
+
+
+def test_a_changed_function_is_noticed(samples, monkeypatch):
+    before = activations.fingerprint(samples, Scaled())
+    assert activations.fingerprint(samples, Scaled()) == before
+    monkeypatch.setattr(Scaled, "factor", -1.0)
+    assert activations.fingerprint(samples, Scaled()) != before
+
+
 def test_a_changed_image_file_is_noticed(samples, tmp_path):
     paths = [tmp_path / f"{i}.jpg" for i in range(12)]
     for path, content in zip(paths, samples.source, strict=True):

@@ -127,13 +127,19 @@ def test_invalid_folders(tmp_path, capsys):
     next((root / "class03").iterdir()).unlink()
     assert "class03 contains no images" in folder_error(capsys, tmp_path, root)
     (root / "class03").rmdir()
-    assert "at least two classes each; one has 1" in folder_error(capsys, tmp_path, root)
+    assert "at least two classes each; the test set has 1" in folder_error(capsys, tmp_path, root)
 
 
 def test_classes_too_small_for_validation(tmp_path, capsys):
     write_classes(4, tmp_path / "data", images=3)
     line = folder_error(capsys, tmp_path, tmp_path / "data")
-    assert "no training class has four images" in line
+    assert "fewer than two training classes have four samples" in line
+
+
+def test_a_training_directory_alone(tmp_path, capsys):
+    write_classes(4, tmp_path / "data" / "train")
+    line = folder_error(capsys, tmp_path, tmp_path / "data")
+    assert "data has train/, but no test/ or val/" in line
 
 
 def test_a_broken_image_is_named_with_and_without_workers(tmp_path, capsys):

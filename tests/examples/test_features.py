@@ -135,10 +135,25 @@ def test_a_split_of_the_user(tmp_path, split, capsys):
         ({"labels": np.zeros(95)}, r"labels must be \(96,\), not \(95,\)"),
         ({"split": np.zeros(5)}, r"split must be \(96,\), not \(5,\)"),
         ({"split": np.array(["train", "dev"] * 48)}, "the split 'dev' is not train or test"),
-        ({"split": np.zeros(96, int)}, "need at least two classes each; one has 0"),
+        ({"split": np.zeros(96, int)}, "need at least two classes each; the test set has 0"),
+        ({"labels": np.full(96, np.nan)}, "the label at row 0 is NaN"),
+        ({"embeddings": np.ones((96, 2), complex)}, "must be numbers .*, not complex128"),
+        ({"embeddings": np.full((96, 2), 1e300)}, "the embedding at row 0 is not finite"),
         ({"labels": np.arange(96)}, "class 0 has one sample"),
     ],
-    ids=["missing", "1-D", "text", "labels", "split", "words", "empty", "singletons"],
+    ids=[
+        "missing",
+        "1-D",
+        "text",
+        "labels",
+        "split",
+        "words",
+        "empty",
+        "nan",
+        "complex",
+        "huge",
+        "singletons",
+    ],
 )
 def test_invalid_feature_files(tmp_path, capsys, change, message):
     x, y = embeddings()
@@ -156,6 +171,9 @@ def test_other_invalid_feature_files(tmp_path):
     x[7, 3] = np.nan
     with pytest.raises(UserError, match="the embedding at row 7 is not finite"):
         datasets.features(save(tmp_path / "nan.npz", embeddings=x, labels=y))
+    np.save(tmp_path / "x.npy", x)
+    with pytest.raises(UserError, match=r"cannot read .*x\.npy"):
+        datasets.features(tmp_path / "x.npy")
     (tmp_path / "text.npz").write_text("not an archive")
     with pytest.raises(UserError, match=r"cannot read .*text\.npz"):
         datasets.features(tmp_path / "text.npz")
@@ -167,7 +185,14 @@ def test_other_invalid_feature_files(tmp_path):
 
 
 def test_arguments_for_images_are_refused(tmp_path, capsys):
-    for flag in (["--cache", "x"], ["--image-size", "32"], ["--protocol", "cub"]):
+    for flag in (
+        ["--cache", "x"],
+        ["--image-size", "32"],
+        ["--protocol", "cub"],
+        ["--trunk", "timm:resnet50"],
+        ["--freeze-norm"],
+        ["--trunk-lr", "1"],
+    ):
         assert cli.call(train.run, ["--features", str(tmp_path / "x.npz"), *flag]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert f"{flag[0]} is for images; --features has no images" in line
@@ -184,6 +209,25 @@ def test_an_embedding_larger_than_the_features(tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize("dtype", [np.float16, ">f4", np.longdouble, np.int8])
+def test_all_kinds_of_numbers(tmp_path, dtype):
+    x, y = embeddings()
+    x = np.round(10 * x).astype(dtype)
+    data = datasets.features(save(tmp_path / "x.npz", embeddings=x, labels=y.astype("S")))
+    assert data.train.source.dtype == torch.float32
+    assert np.array_equal(data.train.source.numpy(), x[:48].astype(np.float32))
+    assert data.train.names == [f"class {c}" for c in range(4)]
+
+
+def test_a_run_cannot_be_resumed_with_other_data(tmp_path, capsys):
+    x, y = embeddings()
+    run(tmp_path, save(tmp_path / "x.npz", embeddings=x, labels=y), "--loss", "triplet")
+    for name, arrays in {"a": {"embeddings": x + 1, "labels": y}, "b": {"labels": y[::-1]}}.items():
+        file = save(tmp_path / f"{name}.npz", **{"embeddings": x, **arrays})
+        run(tmp_path, file, "--loss", "triplet", "--resume", code=2)
+        assert "the run was started with other training samples" in capsys.readouterr().err
+
+
 # ---- CSV
 
 
@@ -197,7 +241,10 @@ def test_csv(tmp_path):
     names = [f"photos/{i}.png" for i in range(16)]
     images(tmp_path, names)
     lines = ["label,path,split,comment"]
-    lines += [f"bird {i % 4},{n},{'test' if i % 4 > 1 else 'train'}," for i, n in enumerate(names)]
+    lines += [
+        f"bird {i % 4}{' ' * (i % 2)}, {n},{'test' if i % 4 > 1 else 'train'},"
+        for i, n in enumerate(names)
+    ]
     (tmp_path / "list.csv").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
     data = datasets.load("folder", tmp_path / "list.csv")
     assert (data.train.names, data.test.names) == (["bird 0", "bird 1"], ["bird 2", "bird 3"])
@@ -216,7 +263,8 @@ def test_csv(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "needs a header with the columns path, label .*; it has no rows"),
+        ("", "is empty or not text"),
+        ("path,label\n", "needs a header with the columns path, label .*; it has no rows"),
         ("file,class\na.png,b\n", "it has file, class"),
         ("path,label,split\na.png,b,dev\n", "the split 'dev' is not train or test"),
         ("path,label\na.png\n", "row 1 .* has no label"),
@@ -253,6 +301,21 @@ def test_packed_images(tmp_path):
     data = datasets.load("cub", tmp_path)
     assert data.train.names == ["0", "1"]
     assert "first edition" in data.note
+    for change in (
+        {"y": arrays["y"][:-1]},
+        {"y": arrays["y"] - 1},
+        {"y": arrays["y"] / 2},
+        {"offset": arrays["offset"][:-1]},
+        {"offset": arrays["offset"] + 1},
+        {"offset": arrays["offset"][::-1]},
+        {"is_test": arrays["is_test"][:-2]},
+        {"jpeg": arrays["jpeg"][:-1]},
+        {"jpeg": arrays["jpeg"].astype(np.int32)},
+        {"class_names": np.array(["a", "b"])},
+    ):
+        np.savez(tmp_path / "cub200_2010_crop160.npz", **{**arrays, **change})
+        with pytest.raises(UserError, match="do not have the shapes and values of a packed file"):
+            datasets.load("cub", tmp_path)
 
 
 # ---- In-Shop

@@ -429,6 +429,18 @@ def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
         (["--image-size", "32"], "--image-size: digits has a fixed size"),
         (["--download"], "nothing to download for --dataset digits"),
         (["--resume", "--overwrite"], "not allowed with argument"),
+        (["--cache", ""], "--cache: the name of the block is empty"),
+        (["--freeze-trunk", "--train-from", "3"], "exclude each other"),
+        (["--warmup", "20"], "--warmup 20 is not below --epochs 20"),
+        (["--cache-dir", train.__file__], "--cache-dir: /"),
+        (["--loss-options", "pos_margin"], "pos_margin is not NAME=VALUE"),
+        (["--loss-options", "num_classes=3"], "num_classes follows from the other arguments"),
+        (["--loss-options", "margin=0.1"], "--loss-options: TypeError: "),
+        (["--loss-options", "pos_margin=high"], "--loss-options: "),
+        (
+            ["--loss", "ntxent", "--loss-options", "temperature=0"],
+            "the loss of a random batch is nan",
+        ),
         (["--resume"], "there is no run in"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -458,6 +470,29 @@ def test_distillation_cannot_change_its_schedule(tmp_path, capsys):
     run(tmp_path / "run", "--distill", "ema", epochs=1)
     line = error_line(capsys, tmp_path / "run", "--distill", "ema", "--resume", "--epochs", 2)
     assert "--epochs 1, not 2" in line
+
+
+def test_values_of_loss_options():
+    values = {"1": 1, "0.5": 0.5, "false": False, "True": True, "None": None, "cosine": "cosine"}
+    for text, value in values.items():
+        args = cli.parse(["--loss-options", f"x={text}", "y=2"])
+        assert args.loss_options == {"x": value, "y": 2}
+        assert type(args.loss_options["x"]) is type(value)
+
+
+def test_loss_options_reach_the_loss(tmp_path):
+    one = run(tmp_path / "one", "--loss", "triplet", epochs=1)
+    two = run(tmp_path / "two", "--loss", "triplet", "--loss-options", "margin=0.2", epochs=1)
+    other = run(tmp_path / "other", "--loss", "triplet", "--loss-options", "margin=0.5", epochs=1)
+    assert one["history"] == two["history"]
+    assert one["history"] != other["history"]
+
+
+def test_a_checkpoint_of_another_program(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    torch.save({"epoch": 3}, tmp_path / "run" / "checkpoint.pt")
+    line = error_line(capsys, tmp_path / "run", "--resume")
+    assert "checkpoint.pt is not a checkpoint of this script" in line
 
 
 def test_a_broken_checkpoint(tmp_path, capsys):

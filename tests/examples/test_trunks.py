@@ -69,8 +69,28 @@ def test_transformers(tmp_path):
     with torch.no_grad():
         expected = model(images(32)).last_hidden_state[:, 0]
         assert torch.allclose(trunk.network.eval()(images(32)), expected, atol=1e-6)
+    assert trunk.center == 1  # the processor does not crop
     random = trunks.build(f"transformers:{tmp_path}", 3, None, random_weights=True)
     assert random.width == 16
+    model.half().save_pretrained(tmp_path)
+    half = trunks.build(f"transformers:{tmp_path}", 3, None)
+    assert half.network(images(32)).dtype == torch.float32
+
+
+def test_transformers_without_a_class_token(tmp_path):
+    config = transformers.SwinConfig(
+        image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 1], window_size=4
+    )
+    model = transformers.SwinModel(config)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(
+        '{"size": {"shortest_edge": 40}, "crop_size": 32}'
+    )
+    trunk = trunks.build(f"transformers:{tmp_path}", 3, None)
+    assert (trunk.size, trunk.center) == (32, 0.8)
+    with torch.no_grad():
+        expected = model.eval()(images(32)).last_hidden_state.mean(1)
+        assert torch.allclose(trunk.network.eval()(images(32)), expected, atol=1e-6)
 
 
 MODULE = """
@@ -94,6 +114,25 @@ def no_module():
 
 def gray():
     return nn.Conv2d(1, 5, 3)
+
+def broken():
+    raise KeyError("oops")
+
+class Skip(nn.Module):
+    # Small outputs, and a connection around the last block.
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 5, 1), nn.Conv2d(5, 5, 1)
+    def forward(self, x):
+        x = self.a(1e-5 * x)
+        return (x + self.b(x)).mean((2, 3))
+
+def skip():
+    return Skip()
+
+def statistics():
+    return nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5, affine=False), nn.Dropout(0.9),
+                         nn.Conv2d(5, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 """
 
 
@@ -129,6 +168,7 @@ def test_a_function_of_the_user():
         ("my_nets:needs_arguments", "missing 1 required positional argument"),
         ("my_nets:no_module", "it returned str, not a torch module"),
         ("my_nets:gray", "it cannot process images of 224 pixels"),
+        ("my_nets:broken", "cannot make it: KeyError: 'oops'"),
     ],
 )
 def test_invalid_names(name, message, monkeypatch):
@@ -191,8 +231,22 @@ def test_networks_that_are_no_chain_are_refused(lite0):
         trunks.split(Trunk(Residual(), 8), "second")
     with pytest.raises(UserError, match=r"no block blocks.16: 16 is none of 0, 1, .*, 15"):
         trunks.split(lite0, "blocks.16")
+    with pytest.raises(UserError, match=r"no block head\.: head is none of"):
+        trunks.split(lite0, "head.")
     with pytest.raises(UserError, match="no block layer4: layer4 is none of stem, blocks, head"):
         trunks.split(lite0, "layer4")
+
+
+@pytest.mark.usefixtures("user_module")
+def test_small_outputs_do_not_hide_a_skip_connection():
+    with pytest.raises(UserError, match="does not apply its modules one after the other"):
+        trunks.split(trunks.build("my_nets:skip", 3, 8), "b")
+
+
+@pytest.mark.usefixtures("user_module")
+def test_modules_without_parameters_are_frozen_too():
+    network = trunks.build("my_nets:statistics", 3, 8).network
+    assert trunks.freeze_before(network, "3") == list(network[:3])
 
 
 def test_freeze_before():
