@@ -20,7 +20,7 @@ demo: $(VENV)/.installed
 demo-photos: $(VENV)/.installed
 	$(BIN)/python examples/train.py --trunk efficientnet_lite0 --image-size 160 --cache blocks.14 \
 		--freeze-norm --embedding-size 128 --epochs 8 --schedule cosine --warmup 1 \
-		--loss multi_similarity --miner multi_similarity --rerank \
+		--loss multi_similarity --miner multi_similarity --distill snapshot --rerank \
 		--dataset $(PHOTOS) $(if $(DATA),--data-root "$(DATA)") --out runs/demo-photos --overwrite
 
 test: lint

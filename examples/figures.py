@@ -204,7 +204,7 @@ def similarity_distributions(
         both[0].set(ylabel="density", yticks=[])
         low = min(float((e[chosen] @ e[chosen].T).min()) for e in (before, after))
         both[0].set_xlim(max(-1.0, low), 1)
-        both[0].legend(loc="upper left")
+        both[0].legend(loc="upper right")
         figure.savefig(path)
         plt.close(figure)
 
