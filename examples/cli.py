@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import checkpoint
-import datasets
+import loaders
 import methods
 import optimizers
 import protocols
@@ -97,10 +97,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--miner", choices=methods.MINERS, default="none", help="default: %(default)s")
 
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=datasets.NAMES, default="digits", help="default: %(default)s")
-    add("--data-root", type=Path, metavar="DIR", default=os.environ.get(datasets.ROOT_VARIABLE),
+    add("--dataset", choices=loaders.NAMES, default="digits", help="default: %(default)s")
+    add("--data-root", type=Path, metavar="DIR", default=os.environ.get(loaders.ROOT_VARIABLE),
         help="directory of the dataset, or a CSV file with the columns path, label and, optional, "
-             f"split, for --dataset folder (default: ${datasets.ROOT_VARIABLE})")  # fmt: skip
+             f"split, for --dataset folder (default: ${loaders.ROOT_VARIABLE})")  # fmt: skip
     add("--download", action="store_true", help="download the dataset if it is missing")
     add("--features", type=Path, metavar="FILE",
         help="train only an embedder, on embeddings from anywhere: an npz file with embeddings, "
@@ -201,7 +201,7 @@ def check(args: argparse.Namespace) -> None:
                 raise UserError(f"--{flag} is for images; --features has no images and no trunk")
     if args.trunk == "small" and args.dataset in IN_MEMORY and args.image_size:
         raise UserError(f"--image-size: {args.dataset} has a fixed size for --trunk small")
-    if args.download and args.dataset not in datasets.DOWNLOADS:
+    if args.download and args.dataset not in loaders.DOWNLOADS:
         raise UserError(f"--download: there is nothing to download for --dataset {args.dataset}")
     for flag, block in (("--cache", args.cache), ("--train-from", args.train_from)):
         if block == "":

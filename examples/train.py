@@ -29,7 +29,7 @@ if not sys.stderr.isatty():
 
 import checkpoint
 import cli
-import datasets
+import loaders
 import methods
 import networks
 import numpy as np
@@ -52,7 +52,7 @@ def run(args: Namespace) -> None:
     # Check all arguments and data before writing anything.
     device = cli.pick_device(args.device)
     cli.check_out(args)
-    data = datasets.load(args.dataset, args.data_root, args.download)
+    data = loaders.load(args.dataset, args.data_root, args.download)
     # The papers have no validation set.
     train_set, val_set = (data.train, None) if args.protocol else hold_out(data.train)
     clean_labels = train_set.labels

@@ -11,7 +11,7 @@ from .methods import COMBINATIONS, MAIN, METHODS
 @dataclass(frozen=True)
 class Dataset:
     label: str
-    source: str  # its name in examples/datasets.py
+    source: str  # its name in examples/loaders.py
     classification: bool = False  # the test images are of the training classes
     few_shot: bool = False  # also measure few-shot episodes
 

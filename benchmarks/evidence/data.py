@@ -23,7 +23,7 @@ from .components import Sizes
 from .conditions import CONDITIONS, DATASETS, Condition, Scenario
 from .examples import ROOT_VARIABLE, Samples, Transform, UserError
 
-CIFAR_TEST_IMAGES = 100  # per class; examples/datasets.py puts them last
+CIFAR_TEST_IMAGES = 100  # per class; examples/loaders.py puts them last
 
 
 class TrainData(NamedTuple):

@@ -6,8 +6,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import checkpoint
-from datasets import ROOT_VARIABLE, load
 from images import UserError
+from loaders import ROOT_VARIABLE, load
 from samples import Samples, hold_out, with_label_noise
 from transforms import Transform
 from trunks import small

@@ -7,7 +7,7 @@ import io
 import json
 
 import cli
-import datasets
+import loaders
 import networks
 import numpy as np
 import pytest
@@ -117,7 +117,7 @@ def test_principal_components_of_few_samples():
 )
 def test_a_split_of_the_user(tmp_path, split, capsys):
     x, y = embeddings()
-    data = datasets.features(save(tmp_path / "x.npz", embeddings=x, labels=y, split=split))
+    data = loaders.features(save(tmp_path / "x.npz", embeddings=x, labels=y, split=split))
     assert torch.equal(data.train.source, torch.from_numpy(x[::2]))
     assert torch.equal(data.test.source, torch.from_numpy(x[1::2]))
     assert data.test.names == [f"class {c}" for c in range(8)]
@@ -160,7 +160,7 @@ def test_invalid_feature_files(tmp_path, capsys, change, message):
     arrays = {"embeddings": x, "labels": y, **change}
     file = save(tmp_path / "x.npz", **{k: v for k, v in arrays.items() if v is not None})
     with pytest.raises(UserError, match=message):
-        datasets.load("features", file)
+        loaders.load("features", file)
     run(tmp_path, file, code=2)
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert not (tmp_path / "run").exists()
@@ -170,18 +170,18 @@ def test_other_invalid_feature_files(tmp_path):
     x, y = embeddings()
     x[7, 3] = np.nan
     with pytest.raises(UserError, match="the embedding at row 7 is not finite"):
-        datasets.features(save(tmp_path / "nan.npz", embeddings=x, labels=y))
+        loaders.features(save(tmp_path / "nan.npz", embeddings=x, labels=y))
     np.save(tmp_path / "x.npy", x)
     with pytest.raises(UserError, match=r"cannot read .*x\.npy"):
-        datasets.features(tmp_path / "x.npy")
+        loaders.features(tmp_path / "x.npy")
     (tmp_path / "text.npz").write_text("not an archive")
     with pytest.raises(UserError, match=r"cannot read .*text\.npz"):
-        datasets.features(tmp_path / "text.npz")
+        loaders.features(tmp_path / "text.npz")
     with pytest.raises(UserError, match=r"there is no file .*absent\.npz"):
-        datasets.load("features", tmp_path / "absent.npz")
+        loaders.load("features", tmp_path / "absent.npz")
     code = np.array([{"pickled": "object"}] * 2, dtype=object)
     with pytest.raises(UserError, match="Object arrays cannot be loaded"):
-        datasets.features(save(tmp_path / "object.npz", embeddings=x[:2], labels=code))
+        loaders.features(save(tmp_path / "object.npz", embeddings=x[:2], labels=code))
 
 
 def test_arguments_for_images_are_refused(tmp_path, capsys):
@@ -213,7 +213,7 @@ def test_an_embedding_larger_than_the_features(tmp_path, capsys):
 def test_all_kinds_of_numbers(tmp_path, dtype):
     x, y = embeddings()
     x = np.round(10 * x).astype(dtype)
-    data = datasets.features(save(tmp_path / "x.npz", embeddings=x, labels=y.astype("S")))
+    data = loaders.features(save(tmp_path / "x.npz", embeddings=x, labels=y.astype("S")))
     assert data.train.source.dtype == torch.float32
     assert np.array_equal(data.train.source.numpy(), x[:48].astype(np.float32))
     assert data.train.names == [f"class {c}" for c in range(4)]
@@ -246,18 +246,18 @@ def test_csv(tmp_path):
         for i, n in enumerate(names)
     ]
     (tmp_path / "list.csv").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
-    data = datasets.load("folder", tmp_path / "list.csv")
+    data = loaders.load("folder", tmp_path / "list.csv")
     assert (data.train.names, data.test.names) == (["bird 0", "bird 1"], ["bird 2", "bird 3"])
     assert data.train.source[0] == tmp_path / "photos" / "0.png"
     assert data.test.picture(0).getpixel((0, 0)) == (20, 0, 0)
     (tmp_path / "nosplit.csv").write_text(
         "path,label\n" + "".join(f"{n},{i % 4}\n" for i, n in enumerate(names))
     )
-    data = datasets.load("folder", tmp_path / "nosplit.csv")
+    data = loaders.load("folder", tmp_path / "nosplit.csv")
     assert (data.train.names, data.test.names) == (["0", "1"], ["2", "3"])
     (tmp_path / "photos" / "3.png").unlink()
     with pytest.raises(UserError, match=r"the image .*3\.png is missing"):
-        datasets.load("folder", tmp_path / "nosplit.csv")
+        loaders.load("folder", tmp_path / "nosplit.csv")
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_csv(tmp_path):
 def test_invalid_csv(tmp_path, content, message):
     (tmp_path / "x.csv").write_text(content)
     with pytest.raises(UserError, match=message):
-        datasets.load("folder", tmp_path / "x.csv")
+        loaders.load("folder", tmp_path / "x.csv")
 
 
 # ---- Packed images
@@ -292,13 +292,13 @@ def test_packed_images(tmp_path):
         "is_test": (np.arange(12) % 4 > 1).astype(np.uint8),
     }
     np.savez(tmp_path / "cars196_crop160.npz", **arrays, class_names=np.array(list("abcd")))
-    data = datasets.load("cars196", tmp_path)
+    data = loaders.load("cars196", tmp_path)
     assert (data.train.names, data.test.names) == (["a", "b"], ["c", "d"])
     assert data.test.picture(0).getpixel((0, 0)) == (40, 0, 0)
     assert (data.mirrored, data.cropped) == (True, True)
     assert "only the official training images" in data.note
     np.savez(tmp_path / "cub200_2010_crop160.npz", **arrays)
-    data = datasets.load("cub", tmp_path)
+    data = loaders.load("cub", tmp_path)
     assert data.train.names == ["0", "1"]
     assert "first edition" in data.note
     for change in (
@@ -315,7 +315,7 @@ def test_packed_images(tmp_path):
     ):
         np.savez(tmp_path / "cub200_2010_crop160.npz", **{**arrays, **change})
         with pytest.raises(UserError, match="do not have the shapes and values of a packed file"):
-            datasets.load("cub", tmp_path)
+            loaders.load("cub", tmp_path)
 
 
 # ---- In-Shop
@@ -332,12 +332,12 @@ def test_inshop(tmp_path):
     text = "\n".join(["32", "image_name item_id evaluation_status", *rows]) + "\n"
     (root / "Eval").mkdir()
     (root / "Eval" / "list_eval_partition.txt").write_text(text)
-    data = datasets.load("inshop", tmp_path)
+    data = loaders.load("inshop", tmp_path)
     assert data.train.names == [f"id_{item:08}" for item in range(4)]
     assert data.test.is_query == [True, True, False, False] * 4
-    assert len(datasets.load("inshop", root).test) == 16
+    assert len(loaders.load("inshop", root).test) == 16
     (root / "Eval" / "list_eval_partition.txt").write_text("1\n\na.jpg\n")
     with pytest.raises(UserError, match="does not have the lines"):
-        datasets.load("inshop", root)
+        loaders.load("inshop", root)
     with pytest.raises(UserError, match=r"list_eval_partition\.txt is missing"):
-        datasets.load("inshop", tmp_path / "inshop" / "Img")
+        loaders.load("inshop", tmp_path / "inshop" / "Img")

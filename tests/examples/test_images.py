@@ -9,8 +9,8 @@ import zlib
 from collections import Counter
 
 import cli
-import datasets
 import images
+import loaders
 import numpy as np
 import pytest
 import report
@@ -179,7 +179,7 @@ def test_all_suffixes_and_subdirectories_are_read(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a" / "x.WEBP", "WEBP")
     (tmp_path / "a" / "2024" / "may").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "a" / "2024" / "may" / "x.png")
-    data = datasets.folder(tmp_path)
+    data = loaders.folder(tmp_path)
     assert data.train.labels == [0] * 9 + [1] * 6
     assert data.train.names == ["a", "b"]
     assert {".avif", ".jp2", ".jfif", ".jpg", ".tiff"} - images.readable_suffixes() <= {".avif"}
@@ -209,7 +209,7 @@ def test_directories_that_cannot_be_read_are_refused(tmp_path, monkeypatch):
     (tmp_path / "a" / "closed").mkdir()
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(UserError, match=r"cannot read the directory .*closed: Permission denied"):
-        datasets.folder(tmp_path)
+        loaders.folder(tmp_path)
 
 
 def test_formats_that_pillow_only_recognizes_are_skipped():
@@ -223,7 +223,7 @@ def test_what_is_skipped_is_listed_in_one_line(tmp_path, capsys):
         (tmp_path / "a" / name).write_bytes(b"x")
     (tmp_path / "__MACOSX" / "a").mkdir(parents=True)
     (tmp_path / "__MACOSX" / "a" / "._0.png").write_bytes(b"x")
-    data = datasets.folder(tmp_path)
+    data = loaders.folder(tmp_path)
     assert data.train.names + data.test.names == ["a", "b", "c", "d"]
     line = "folder: skipped files that are no images here: 2 .heic, 1 .txt\n"
     assert capsys.readouterr().out == line
@@ -234,7 +234,7 @@ def test_a_directory_of_unreadable_images_names_them(tmp_path):
     (tmp_path / "e").mkdir()
     (tmp_path / "e" / "1.heic").write_bytes(b"x")
     with pytest.raises(UserError, match=r"e contains no images \(skipped .*: 1 \.heic\)"):
-        datasets.folder(tmp_path)
+        loaders.folder(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["test", "val", "valid"])
@@ -242,10 +242,10 @@ def test_layouts_with_a_training_directory(tmp_path, name):
     image_folder(tmp_path / "train", "abc")
     image_folder(tmp_path / name, "xy")
     (tmp_path / "__MACOSX").mkdir()
-    data = datasets.folder(tmp_path)
+    data = loaders.folder(tmp_path)
     assert (data.train.names, data.test.names) == (["a", "b", "c"], ["x", "y"])
     image_folder(tmp_path / name, "b")  # other images of a training class
-    data = datasets.folder(tmp_path)
+    data = loaders.folder(tmp_path)
     assert (data.train.names, data.test.names) == (["a", "b", "c"], ["b", "x", "y"])
     assert "of 3 classes, of which 1 are also training classes" in report.describe_test(data)
 
@@ -254,7 +254,7 @@ def test_a_class_whose_name_is_not_utf_8(tmp_path, capsys):
     root = image_folder(tmp_path / "data")
     os.mkdir(os.fsencode(root) + b"/caf\xe9")
     image_folder(root, [os.fsdecode(b"caf\xe9")])
-    data = datasets.folder(root)
+    data = loaders.folder(root)
     assert "caf\ufffd" in data.train.names + data.test.names
     assert call(tmp_path, "--check-labels") == 0
     printed = capsys.readouterr()

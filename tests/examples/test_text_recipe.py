@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import datasets
+import loaders
 import numpy as np
 import pytest
 import torch
@@ -113,7 +113,7 @@ def test_the_file(recipe, encoder_folder, package, tmp_path, capsys):
 
 def test_train_py_can_read_the_file(recipe, encoder_folder, package, tmp_path):
     recipe.main(tmp_path / "x.npz", encoder_folder, packages=[package])
-    data = datasets.load("features", tmp_path / "x.npz")
+    data = loaders.load("features", tmp_path / "x.npz")
     assert data.train.names == data.test.names == ["tiny_texts.first", "tiny_texts.second"]
     for samples in (data.train, data.test):
         assert min(Counter(samples.labels).values()) >= 4

@@ -7,8 +7,8 @@ import sys
 
 import checkpoint
 import cli
-import datasets
 import figures
+import loaders
 import methods
 import metrics
 import numpy as np
@@ -42,14 +42,14 @@ DRAW = {name: getattr(figures, name) for name in DRAWN}
 @pytest.fixture(autouse=True)
 def few_digits(monkeypatch):
     """Use a tenth of the digits and draw no figures, so that a run takes a second."""
-    load_digits = datasets.digits
+    load_digits = loaders.digits
 
     def load_few_digits():
         data = load_digits()
         train_set = data.train.subset(range(0, len(data.train), 10))
         return Data(train_set, data.test.subset(range(0, 896, 8)))
 
-    monkeypatch.setattr(datasets, "digits", load_few_digits)
+    monkeypatch.setattr(loaders, "digits", load_few_digits)
     for figure in DRAW:
         monkeypatch.setattr(figures, figure, lambda path, *arguments: path.touch())
 
@@ -269,7 +269,7 @@ def test_the_best_epoch_is_kept(tmp_path):
     trunk, embedder = trunks.small(1, 8).eval(), torch.nn.Linear(256, 64).eval()
     trunk.load_state_dict(state["models"]["trunk"])
     embedder.load_state_dict(state["models"]["embedder"])
-    data = datasets.digits().test
+    data = loaders.digits().test
     with torch.no_grad():
         images = torch.stack([data[i][0] for i in range(len(data))])
         embeddings = torch.nn.functional.normalize(embedder(trunk(images)))

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import cli
-import datasets
+import loaders
 import numpy as np
 import pytest
 import torch
@@ -52,7 +52,7 @@ def train_one_epoch(tmp_path, *arguments):
 
 
 def test_digits():
-    data = datasets.digits()
+    data = loaders.digits()
     assert data.test.names == ["5", "6", "7", "8", "9"]
     assert len(data.test) == 896
     assert len(data.train) == 8 * 901
@@ -72,7 +72,7 @@ def test_digits():
 
 def test_folder_splits_the_classes_in_half(tmp_path):
     write_classes(5, tmp_path)
-    data = datasets.folder(tmp_path)
+    data = loaders.folder(tmp_path)
     assert data.train.names == ["class00", "class01", "class02"]
     assert data.test.names == ["class03", "class04"]
     assert data.train.labels == [0] * 6 + [1] * 6 + [2] * 6
@@ -86,7 +86,7 @@ def test_folder_with_train_and_test(tmp_path):
     write_classes(2, tmp_path / "data" / "test", "unseen{}")
     results = train_one_epoch(tmp_path, "--dataset", "folder", "--data-root", tmp_path / "data")
     assert results["config"]["image_size"] == 16
-    data = datasets.folder(tmp_path / "data")
+    data = loaders.folder(tmp_path / "data")
     assert (data.train.names, data.test.names) == (
         ["seen0", "seen1", "seen2"],
         ["unseen0", "unseen1"],
@@ -224,7 +224,7 @@ def test_omniglot_as_published(tmp_path, form):
         for part in ("images_background", "images_evaluation"):
             zipped(tmp_path / part)
             (tmp_path / part).rename(tmp_path / f"not_{part}")
-    data = datasets.omniglot(tmp_path)
+    data = loaders.omniglot(tmp_path)
     assert data.train.names == [f"Futurama/character{i:02}" for i in (1, 2, 3)]
     assert data.test.names == ["Tengwar/character01", "Tengwar/character02"]
     assert data.train.labels == [0] * 4 + [1] * 4 + [2] * 4
@@ -240,7 +240,7 @@ def test_omniglot_npz(tmp_path):
     x = np.broadcast_to((10 * y).astype(np.uint8)[:, None, None], (20, 28, 28))
     names = np.array([f"A/character{i}" for i in range(5)])
     np.savez(tmp_path / "omniglot28.npz", x=x, y=y, is_eval=y >= 3, class_names=names)
-    data = datasets.omniglot(tmp_path)
+    data = loaders.omniglot(tmp_path)
     assert data.train.labels == [0] * 4 + [1] * 4 + [2] * 4
     assert data.test.names == ["A/character3", "A/character4"]
     assert data.test.source[4].unique().tolist() == [40]
@@ -268,7 +268,7 @@ def test_cifar100_as_published(tmp_path, form):
         with tarfile.open(tmp_path / "cifar-100-python.tar.gz", "w:gz") as tar:
             tar.add(tmp_path / "cifar-100-python", "cifar-100-python")
         (tmp_path / "cifar-100-python").rename(tmp_path / "elsewhere")
-    data = datasets.cifar100(tmp_path)
+    data = loaders.cifar100(tmp_path)
     assert data.train.names == ["name0", "name1", "name49"]
     assert data.test.names == ["name50", "name99"]
     assert np.bincount(data.train.labels).tolist() == [4, 4, 4]
@@ -284,7 +284,7 @@ def test_cifar100_npz(tmp_path):
     names = np.array([f"name{i}" for i in range(100)])
     arrays = {"train_x": x, "train_y": y, "test_x": x, "test_y": y, "class_names": names}
     np.savez(tmp_path / "cifar100_subset.npz", **arrays)
-    data = datasets.cifar100(tmp_path)
+    data = loaders.cifar100(tmp_path)
     assert data.test.names == ["name50", "name99"]
     assert np.bincount(data.test.labels).tolist() == [6, 4]
     assert data.test.source[3, 1].unique().tolist() == [99]
@@ -299,7 +299,7 @@ def test_a_cifar_pickle_cannot_run_code(tmp_path):
     cifar_files(tmp_path / "cifar-100-python")
     (tmp_path / "cifar-100-python" / "meta").write_bytes(pickle.dumps(Malicious()))
     with pytest.raises(UserError, match=r"system is not allowed in a CIFAR file"):
-        datasets.cifar100(tmp_path)
+        loaders.cifar100(tmp_path)
 
 
 # ---- Datasets with loaders in PML
@@ -366,11 +366,11 @@ MAKERS = {
 def test_pml_datasets(tmp_path, name):
     root = tmp_path / "data" / name  # in a directory of its name
     MAKERS[name](root)
-    data = datasets.load(name, tmp_path / "data")
+    data = loaders.load(name, tmp_path / "data")
     assert np.bincount(data.train.labels).tolist() == [6, 6, 6]
     assert np.bincount(data.test.labels).tolist() == [6, 6]
     assert len(set(data.train.names + data.test.names)) == 5
-    again = datasets.load(name, root)  # or directly in the root
+    again = loaders.load(name, root)  # or directly in the root
     assert again.train.source == data.train.source
     results = train_one_epoch(tmp_path, "--dataset", name, "--data-root", tmp_path / "data")
     assert results["after"]["precision_at_1"] >= 0
@@ -382,7 +382,7 @@ def test_a_missing_image_is_named(tmp_path, name):
     missing = sorted(p for p in (tmp_path / "data").rglob("*") if p.suffix.lower() == ".jpg")[-1]
     missing.unlink()
     with pytest.raises(UserError, match=rf"the image .*{missing.name} is missing"):
-        datasets.load(name, tmp_path / "data")
+        loaders.load(name, tmp_path / "data")
 
 
 # ---- Downloads, without a network
@@ -393,7 +393,7 @@ ARCHIVES = ["omniglot", "cifar100"]
 @pytest.mark.parametrize("name", [*ARCHIVES, *MAKERS])
 def test_a_missing_dataset_suggests_download(tmp_path, name):
     with pytest.raises(UserError, match=r"is missing; .*--download"):
-        datasets.load(name, tmp_path)
+        loaders.load(name, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -404,7 +404,7 @@ def test_a_failed_download_leaves_nothing(tmp_path, monkeypatch, name):
 
     monkeypatch.setattr("urllib.request.urlopen", no_network)
     with pytest.raises(UserError, match=r"could not download.*no route to host"):
-        datasets.load(name, tmp_path, download=True)
+        loaders.load(name, tmp_path, download=True)
     assert not list(tmp_path.iterdir())
 
 
@@ -434,10 +434,10 @@ def test_a_download(tmp_path, monkeypatch, name):
         return Response(archives[url.split("/")[-1]])
 
     monkeypatch.setattr("urllib.request.urlopen", urlopen)
-    data = datasets.load(name, root, download=True)
+    data = loaders.load(name, root, download=True)
     assert len(data.train.names) == 3
     monkeypatch.undo()
-    assert len(datasets.load(name, root).test.names) == 2  # without a download
+    assert len(loaders.load(name, root).test.names) == 2  # without a download
 
 
 # ---- Real data
@@ -456,7 +456,7 @@ def test_a_download(tmp_path, monkeypatch, name):
 def test_real_data(name, file, train_images, train_classes, test_images, test_classes):
     if not Path(DATA_ROOT, file).is_file():
         pytest.skip(f"there is no {Path(DATA_ROOT, file)}")
-    data = datasets.load(name, Path(DATA_ROOT))
+    data = loaders.load(name, Path(DATA_ROOT))
     assert (len(data.train), len(data.train.names)) == (train_images, train_classes)
     assert (len(data.test), len(data.test.names)) == (test_images, test_classes)
     assert 0 < np.mean(data.train.picture(0)) < 255
