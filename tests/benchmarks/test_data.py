@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Samples, UserError
+from images import UserError
+from samples import Samples
 
 from benchmarks.evidence import data, execute, sweep
 from benchmarks.evidence.components import Sizes

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from datasets import UserError
+from images import UserError
 
 from benchmarks.evidence import execute, metrics, records, run, sweep, training
 from benchmarks.evidence.claims import claims

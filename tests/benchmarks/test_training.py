@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from datasets import Samples
+from samples import Samples
 
 from benchmarks.evidence import metrics
 from benchmarks.evidence.components import Components
