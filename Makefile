@@ -14,7 +14,7 @@ DATA ?= $(PML_EXTRAS_DATA)
 
 .PHONY: demo demo-photos test test-long docs facts notebooks trunks packages lint format clean
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.installed-examples
 	$(BIN)/python examples/train.py --loss contextual --dataset digits --out runs/demo --overwrite
 
 demo-photos: $(VENV)/.installed
@@ -60,7 +60,13 @@ format: $(VENV)/.installed
 clean:
 	rm -rf $(VENV) runs docs/_build
 
+# The demo needs few packages. Installing them all takes a minute longer.
+$(VENV)/.installed-examples: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	PIP_CONSTRAINT=$(CONSTRAINTS) $(BIN)/pip install --quiet --editable '.[examples]'
+	touch $@
+
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	PIP_CONSTRAINT=$(CONSTRAINTS) $(BIN)/pip install --quiet --editable '.[dev]'
-	touch $@
+	touch $@ $(VENV)/.installed-examples
