@@ -84,3 +84,30 @@ def k_reciprocal_rerank(
             shared[inverted[j]] += np.minimum(v[i, j], v[inverted[j], j])
         jaccard[i] = 1 - shared / (2 - shared)
     return jaccard * (1 - weight) + original * weight
+
+
+def database_augmentation(x: Tensor, k: int, alpha: float) -> Tensor:
+    """Each normalized feature becomes the mean of its k nearest, itself included.
+
+    The weights are cos^alpha. The features of a set searched in itself are queries and references
+    at once, so that this is also alpha query expansion (Radenovic et al. 2018).
+    """
+    similarity, indices = (x @ x.T).topk(k, dim=1)
+    weights = similarity.clamp_min(0) ** alpha
+    return normalize((weights[:, :, None] * x[indices]).sum(1))
+
+
+def gnn_rerank(x: Tensor, k1: int = 26, k2: int = 7) -> Tensor:
+    """The similarity of GNN re-ranking (Zhang et al. 2020, arXiv 2012.07620), in dense matrices.
+
+    The k nearest neighbors of each sample as a symmetric graph, and two rounds in which each sample
+    adds the rows of its k2 nearest with the weights cos^2.
+    """
+    similarity, ranked = (x @ x.T).topk(k1, dim=1)
+    rows = torch.zeros(len(x), len(x)).scatter_(1, ranked, 1.0)
+    neighbors, weights = ranked[:, :k2], similarity[:, :k2].square()
+    for _ in range(2):
+        rows = rows + rows.T
+        rows = torch.stack([w @ rows[n] for w, n in zip(weights, neighbors, strict=True)])
+        rows = normalize(rows)
+    return rows @ rows.T

@@ -22,7 +22,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "component_facts",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["reranking-tables.md", "_build"]
 myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # the notebooks contain the outputs of `make notebooks`

@@ -166,9 +166,7 @@ def contextual_knn() -> Figure:
     index = f.build_reference_index(embeddings, num_neighbors=8)
     plain = (-f.pairwise_cosine(embeddings)).argsort()[:, 1:11]
     self_indices = torch.arange(80)
-    _, ranked = f.contextual_rerank(
-        embeddings, index, 11, num_candidates=60, distance_weight=0.1, query_indices=self_indices
-    )
+    _, ranked = f.contextual_rerank(embeddings, index, 11, query_indices=self_indices)
     ranked = ranked[:, 1:]
     # The query that gains most.
     gain = (labels[ranked] == labels[:, None]).sum(1) - (labels[plain] == labels[:, None]).sum(1)

@@ -10,6 +10,7 @@ from images import UserError
 from loaders import ROOT_VARIABLE, load
 from samples import Samples, hold_out, with_label_noise
 from transforms import Transform
+from trunks import build as build_trunk
 from trunks import small
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Samples",
     "Transform",
     "UserError",
+    "build_trunk",
     "checkpoint",
     "hold_out",
     "load",

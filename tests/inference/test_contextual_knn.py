@@ -33,13 +33,17 @@ def test_improves_retrieval_of_overlapping_classes():
     assert gain > 0.05
 
 
-def test_distance_weight_one_equals_plain_search():
+def test_precision_at_1_is_that_of_the_plain_search():
     x, labels = mixture()
-    query, _ = mixture(per_class=3)
-    contextual, plain = ContextualKNN(distance_weight=1.0), CustomKNN(CosineSimilarity())
-    assert torch.equal(contextual(x, 10, x, True)[1], plain(x, 10, x, True)[1])
-    assert torch.equal(contextual(query, 10, x)[1], plain(query, 10, x)[1])
-    assert get_accuracy(contextual, x, labels) == get_accuracy(plain, x, labels)
+    query, query_labels = mixture(per_class=3)
+    plain = CustomKNN(CosineSimilarity())
+    for args in ((x, labels), (query, query_labels, x, labels)):
+        kept, free, expected = (
+            get_accuracy(knn, *args)
+            for knn in (ContextualKNN(), ContextualKNN(keep_nearest=False), plain)
+        )
+        assert kept["precision_at_1"] == expected["precision_at_1"]
+        assert free["precision_at_1"] != expected["precision_at_1"]
 
 
 def test_the_reference_may_include_the_query():
@@ -102,6 +106,12 @@ def test_a_loaded_index_answers_with_its_own_number_of_neighbors(tmp_path):
     loaded.load(tmp_path / "references.pt")
     assert "num_neighbors=5," in repr(loaded)
     assert torch.equal(loaded(x[:9], 7)[1], saved(x[:9], 7)[1])
+    few = ContextualKNN(num_neighbors=20)
+    few.train(x[:4])
+    few.save(tmp_path / "few.pt")
+    loaded.load(tmp_path / "few.pt")
+    assert loaded.num_neighbors == 20
+    loaded.load(tmp_path / "references.pt")
     more = torch.randn(30, 8)
     loaded.add(more)
     query = torch.randn(9, 8)
@@ -172,15 +182,30 @@ def test_references_move_to_the_device_of_the_queries(tmp_path):
     assert len(knn.index.embeddings) == 100
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("num_neighbors", 0), ("num_candidates", 0), ("distance_weight", 1.1)]
-)
-def test_invalid_hyperparameters_are_reported(name, value):
-    with pytest.raises(ValueError, match=f"^{name} must .*, got {value!r}"):
-        ContextualKNN(**{name: value})
-    assert repr(ContextualKNN(num_neighbors=7, num_candidates=50, distance_weight=0.5)) == (
-        "ContextualKNN(num_neighbors=7, num_candidates=50, distance_weight=0.5)"
+def test_invalid_hyperparameters_are_reported():
+    for value in (0, 2.5):
+        message = f"^num_neighbors must be a whole number from 1 up, got {value!r}"
+        with pytest.raises(ValueError, match=message):
+            ContextualKNN(num_neighbors=value)
+    assert repr(ContextualKNN(num_neighbors=7, faiss_index="HNSW16")) == (
+        "ContextualKNN(num_neighbors=7, keep_nearest=True, faiss_index='HNSW16')"
     )
+
+
+def test_searches_with_an_index_of_faiss(tmp_path):
+    pytest.importorskip("faiss")
+    x, labels = mixture()
+    exact, flat = ContextualKNN(), ContextualKNN(faiss_index="Flat")
+    assert get_accuracy(flat, x, labels) == get_accuracy(exact, x, labels)
+    flat.train(x[:90])
+    flat.add(x[90:])
+    expected = exact(x[:9], 7, x)[1]
+    assert torch.equal(flat(x[:9], 7)[1], expected)
+    flat.save(tmp_path / "references.pt")
+    loaded = ContextualKNN(faiss_index="Flat")
+    loaded.load(tmp_path / "references.pt")
+    assert loaded.index.faiss_index.ntotal == len(x)
+    assert torch.equal(loaded(x[:9], 7)[1], expected)
 
 
 @pytest.mark.parametrize("bad_value", [float("nan"), float("inf")])

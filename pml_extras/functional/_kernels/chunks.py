@@ -5,9 +5,13 @@ from torch import Tensor
 
 
 def row_chunks(num_rows: int, row_size: int, max_numel: int) -> list[slice]:
-    """Slices of all rows, each of at most ``max_numel`` numbers but at least one row."""
+    """Slices of all rows, each of at most ``max_numel`` numbers but at least one row.
+
+    Without rows, there is one empty slice, so that results can always be concatenated.
+    """
     size = max(1, max_numel // max(1, row_size))
-    return [slice(start, min(num_rows, start + size)) for start in range(0, num_rows, size)]
+    starts = range(0, max(num_rows, 1), size)
+    return [slice(start, min(num_rows, start + size)) for start in starts]
 
 
 class IndexBuffer:
