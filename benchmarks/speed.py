@@ -138,7 +138,9 @@ def adam_step(loss: torch.nn.Module, x: torch.Tensor, labels: torch.Tensor) -> C
 
 def ema_step(x: torch.Tensor, labels: torch.Tensor, num_classes: int) -> Callable[[], None]:
     """A function that runs a training step with EMA centers, which need no optimizer."""
-    loss = CenterContrastiveLoss(num_classes, x.shape[1], center_update="ema").to(DEVICE)
+    loss = CenterContrastiveLoss(
+        num_classes, x.shape[1], center_update="ema", negative_classes="all"
+    ).to(DEVICE)
     loss.class_counts += 1
     with torch.no_grad():
         loss.centers.normal_()
@@ -149,7 +151,7 @@ def center_updates(num_classes: int, n: int = 512, dim: int = 128) -> Contenders
     torch.manual_seed(0)
     x = torch.randn(n, dim, device=DEVICE, requires_grad=True)
     labels = torch.randint(num_classes, (n,), device=DEVICE)
-    gradient = CenterContrastiveLoss(num_classes, dim).to(DEVICE)
+    gradient = CenterContrastiveLoss(num_classes, dim, negative_classes="all").to(DEVICE)
     return {
         "pml_extras": ema_step(x, labels, num_classes),
         "gradient + Adam": adam_step(gradient, x, labels),
@@ -159,7 +161,7 @@ def center_updates(num_classes: int, n: int = 512, dim: int = 128) -> Contenders
 def centers_large(num_classes: int, n: int = 512, dim: int = 128) -> Contenders:
     x = torch.randn(n, dim, device=DEVICE, requires_grad=True)
     labels = torch.randint(num_classes, (n,), device=DEVICE)
-    loss = CenterContrastiveLoss(num_classes, dim).to(DEVICE)
+    loss = CenterContrastiveLoss(num_classes, dim, negative_classes="all").to(DEVICE)
     return {"pml_extras": adam_step(loss, x, labels)}
 
 

@@ -39,6 +39,11 @@ def in_half_open_range(low: float, high: float, **values: float) -> None:
         require(low <= value < high, name, f"lie in [{low}, {high})", value)
 
 
+def one_of(choices: tuple[str, ...], **values: str) -> None:
+    for name, value in values.items():
+        require(value in choices, name, f"be one of {choices}", value)
+
+
 def class_batch(
     x: torch.Tensor, labels: torch.Tensor | None, embedding_size: int, num_classes: int
 ) -> torch.Tensor:

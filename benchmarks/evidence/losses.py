@@ -111,6 +111,7 @@ def build_center_contrastive(h: Hparams, s: Sizes, **options: Any) -> nn.Module:
         scale=h["scale"],
         margin=h["margin"],
         center_weight=h["center_weight"],
+        negative_classes="all",
         **options,
     )
 

@@ -36,7 +36,8 @@ class BaseCenterContrastiveLoss(
         margin: float = 0.2,
         center_weight: float = 1.5,
         center_update: str = "gradient",
-        momentum: float = 0.9,
+        momentum: float = 0.5,
+        negative_classes: str = "batch",
         label_smoothing: float = 0.0,
         **kwargs: Any,
     ) -> None:
@@ -46,10 +47,8 @@ class BaseCenterContrastiveLoss(
         _checks.non_negative(margin=margin, center_weight=center_weight)
         _checks.in_range(0, 1, momentum=momentum)
         _checks.in_half_open_range(0, 1, label_smoothing=label_smoothing)
-        modes = ("gradient", "ema")
-        _checks.require(
-            center_update in modes, "center_update", f"be one of {modes}", center_update
-        )
+        _checks.one_of(("gradient", "ema"), center_update=center_update)
+        _checks.one_of(("all", "batch"), negative_classes=negative_classes)
         super().__init__(**kwargs)
         c_f.assert_distance_type(self, CosineSimilarity, p=2, power=1)
         if center_update == "ema" and self.weight_regularizer is not None:
@@ -61,6 +60,7 @@ class BaseCenterContrastiveLoss(
         self.center_weight = center_weight
         self.center_update = center_update
         self.momentum = momentum
+        self.negative_classes = negative_classes
         self.label_smoothing = label_smoothing
         self.record("avg_center_similarity", "center_accuracy")
         self._make_centers()

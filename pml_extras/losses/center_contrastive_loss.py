@@ -14,7 +14,7 @@ from ._base_center_contrastive_loss import BaseCenterContrastiveLoss
 
 
 class CenterContrastiveLoss(BaseCenterContrastiveLoss):
-    r"""Learns one center per class. Contrasts embeddings with all centers, pulls each to its own.
+    r"""Learns one center per class. Contrasts embeddings with centers, and pulls each to its own.
 
     .. math:: \ell_i = -\log\frac{e^{s(\cos_{iy_i} - m)}}
         {e^{s(\cos_{iy_i} - m)} + \sum_{j \ne y_i} e^{s\cos_{ij}}} + \lambda\,|x_i - c_{y_i}|^2
@@ -25,10 +25,10 @@ class CenterContrastiveLoss(BaseCenterContrastiveLoss):
       centers never move; in PML's trainers the optimizer's key is ``metric_loss_optimizer``. (A
       warning comes after 100 training steps without a move.) The learning rate matters:
       after three epochs on Omniglot, precision@1 on unseen classes was 0.409 at 0.01, and 0.457 at
-      0.1 and at 1 (Adam, one seed). Use no weight decay: only the directions of the centers count,
-      so decay shrinks them and makes them turn faster. Under PML's DistributedLossWrapper the
-      centers' gradient is multiplied by the number of processes, like that of all PML's proxies:
-      divide the learning rate, unless the optimizer is scale-free.
+      0.1 and at 1 (Adam, one seed, ``negative_classes="all"``). Use no weight decay: only the
+      directions of the centers count, so decay shrinks them and makes them turn faster. Under PML's
+      DistributedLossWrapper the centers' gradient is multiplied by the number of processes, like
+      that of all PML's proxies: divide the learning rate, unless the optimizer is scale-free.
     - ``center_update="ema"``: ``centers`` is a buffer. Before each comparison the centers of the
       batch's classes become the normalized exponential moving average of their embeddings. No
       optimizer is needed. A class takes part in the softmax once it has been seen. In eval mode and
@@ -46,6 +46,9 @@ class CenterContrastiveLoss(BaseCenterContrastiveLoss):
         center_weight: :math:`\lambda` >= 0.
         center_update: "gradient" or "ema".
         momentum: in [0, 1], how much of an EMA center is kept at each batch of its class.
+        negative_classes: the classes j of the sum: "all", or "batch" for those of the batch, as in
+            pair losses. With "batch" there are N x N logits instead of N x C. Under PML's
+            DistributedLossWrapper the batch is that of all processes.
         label_smoothing: in [0, 1), the fraction of the target that is spread over all classes.
         **kwargs: PML's ``reducer``, ``embedding_regularizer``, ``weight_regularizer`` (on the
             centers, "gradient" mode only), ``weight_init_func``, ``collect_stats``. For class
@@ -59,7 +62,7 @@ class CenterContrastiveLoss(BaseCenterContrastiveLoss):
     Reducer input: **loss**, one element per sample. Tuples from a miner weight the samples.
     Statistics for the log: ``avg_center_similarity`` (to the sample's own center, -1 if it has
     none) and ``center_accuracy`` (fraction of samples that are nearest to their own center). They
-    need all (N, C) logits.
+    need all (N, C) logits, whatever ``negative_classes`` is.
 
     Raises:
         ValueError: for a label outside [0, C) (labels on a GPU are left to the GPU's own check),
@@ -68,7 +71,8 @@ class CenterContrastiveLoss(BaseCenterContrastiveLoss):
     Source: arXiv 2308.00458, whose body was not available to us. The equation is its Equation (5)
     as three independent re-implementations state it, plus a constant; the defaults of s, m and
     :math:`\lambda` are inferred from those too. The abstract's "updated in real time" has two
-    readings; "gradient" is that of the re-implementations. Label smoothing is ours.
+    readings; "gradient" is that of the re-implementations. Label smoothing and
+    ``negative_classes="batch"`` are ours.
 
     Example:
         >>> import torch
@@ -111,15 +115,24 @@ class CenterContrastiveLoss(BaseCenterContrastiveLoss):
         return super().forward(embeddings, labels, indices_tuple, ref_emb, ref_labels)
 
     def _sample_losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        centers, class_mask = self.centers, self.class_counts > 0 if self.uses_ema else None
+        if self.negative_classes == "batch":
+            # One row per sample, of which the first of each class counts. A list of the classes
+            # would be shorter, but its length would make the host wait for a GPU.
+            centers = centers.index_select(0, labels)
+            first = (labels[:, None] == labels).to(torch.uint8).argmax(1)  # of the sample's class
+            is_first = first == torch.arange(len(labels), device=labels.device)
+            class_mask = is_first if class_mask is None else is_first & class_mask[labels]
+            labels = first
         return center_contrastive_loss(
             embeddings,
-            self.centers,
+            centers,
             labels,
             scale=self.scale,
             margin=self.margin,
             center_weight=self.center_weight,
             label_smoothing=self.label_smoothing,
-            class_mask=self.class_counts > 0 if self.uses_ema else None,
+            class_mask=class_mask,
         )
 
     @torch.no_grad()

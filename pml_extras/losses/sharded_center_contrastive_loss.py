@@ -31,8 +31,9 @@ class ShardedCenterContrastiveLoss(BaseCenterContrastiveLoss):
     r""":class:`CenterContrastiveLoss` for more classes than one device can hold.
 
     Each rank of a ``torch.distributed`` process group holds the centers of C / world classes and
-    their optimizer state. The softmax is over all classes, exactly: loss, gradients and centers
-    equal those of one process that has all centers and the batches of all ranks.
+    their optimizer state. The softmax is exact, over the classes of the whole batch or over all
+    classes: loss, gradients and centers equal those of one process that has all centers and the
+    batches of all ranks.
 
     - **Start one process per device** (``torchrun``), call ``init_process_group``, then create this
       loss in every process.
@@ -191,16 +192,25 @@ class ShardedCenterContrastiveLoss(BaseCenterContrastiveLoss):
         return super().forward(embeddings, labels, indices_tuple)
 
     def _sample_losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        centers, first_class = _local(self.centers), self.first_class
+        class_mask = _local(self.class_counts) > 0 if self.uses_ema else None
+        if self.negative_classes == "batch":
+            # The classes of the batch, numbered from 0. Those of a rank still follow each other.
+            classes, labels = torch.unique(labels, return_inverse=True)
+            is_local, local_classes = find_local_classes(classes, first_class, len(centers))
+            first_class = int((classes < first_class).sum())
+            centers = centers.index_select(0, local_classes[is_local])
+            class_mask = None if class_mask is None else class_mask[local_classes[is_local]]
         return sharded_center_contrastive_loss(
             embeddings,
-            _local(self.centers),
+            centers,
             labels,
-            self.first_class,
+            first_class,
             scale=self.scale,
             margin=self.margin,
             center_weight=self.center_weight,
             label_smoothing=self.label_smoothing,
-            class_mask=_local(self.class_counts) > 0 if self.uses_ema else None,
+            class_mask=class_mask,
             group=self.group,
         )
 

@@ -41,7 +41,9 @@ def losses_with_gradients(ours, theirs, x, labels):
 
 @pytest.mark.parametrize(("scale", "margin"), [(16, 0.2), (64, 0.35), (1, 1.0)])
 def test_without_the_center_term_equals_pml_cosface(batch, scale, margin):
-    ours = CenterContrastiveLoss(C, D, scale=scale, margin=margin, center_weight=0)
+    ours = CenterContrastiveLoss(
+        C, D, scale=scale, margin=margin, center_weight=0, negative_classes="all"
+    )
     theirs = with_centers(CosFaceLoss(C, D, margin=margin, scale=scale), ours.centers)
     (loss, dx, dc), (expected, expected_dx, expected_dw) = losses_with_gradients(
         ours, theirs, *batch
@@ -52,7 +54,7 @@ def test_without_the_center_term_equals_pml_cosface(batch, scale, margin):
 
 
 def test_without_center_term_and_margin_equals_pml_normalized_softmax(batch):
-    ours = CenterContrastiveLoss(C, D, scale=20, margin=0, center_weight=0)
+    ours = CenterContrastiveLoss(C, D, scale=20, margin=0, center_weight=0, negative_classes="all")
     theirs = with_centers(
         NormalizedSoftmaxLoss(C, D, temperature=1 / 20, distance=CosineSimilarity()), ours.centers
     )
@@ -148,6 +150,7 @@ def test_a_label_out_of_range_is_reported_and_changes_nothing(batch, label, inde
         ("momentum", 1.1),
         ("label_smoothing", 1),
         ("center_update", "sometimes"),
+        ("negative_classes", "some"),
     ],
 )
 def test_invalid_hyperparameters_are_reported(name, value):
@@ -254,6 +257,49 @@ class TestForgottenOptimizerWarning:
             self.train(frozen, None, (x, batch[1]))
             self.train(ema, None, (x, batch[1]))
             self.train(CenterContrastiveLoss(C, D).eval(), None, (x, batch[1]))
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("center_update", ["gradient", "ema"])
+def test_negatives_of_the_batch_equal_a_loss_with_these_classes_only(
+    center_update, label_smoothing
+):
+    options = {
+        "center_update": center_update,
+        "label_smoothing": label_smoothing,
+        "weight_init_func": lambda weight: torch.nn.init.normal_(weight),
+    }
+    present = torch.tensor([1, 4, 7])
+    batch_loss = CenterContrastiveLoss(9, D, negative_classes="batch", **options).double()
+    small_loss = CenterContrastiveLoss(3, D, negative_classes="all", **options).double()
+    with torch.no_grad():
+        small_loss.centers.copy_(batch_loss.centers[present])
+    small_labels = torch.randint(3, (2, N))
+    for labels in small_labels:
+        x = torch.randn(N, D).double()
+        small_x, batch_x = (x.clone().requires_grad_() for _ in range(2))
+        expected, actual = small_loss(small_x, labels), batch_loss(batch_x, present[labels])
+        assert torch.allclose(actual, expected)
+        expected.backward()
+        actual.backward()
+        assert torch.allclose(batch_x.grad, small_x.grad)
+    if center_update == "gradient":
+        assert torch.allclose(batch_loss.centers.grad[present], small_loss.centers.grad)
+        assert batch_loss.centers.grad.count_nonzero() == 3 * D
+    else:
+        assert torch.equal(batch_loss.centers[present], small_loss.centers)
+
+
+def test_unseen_ema_classes_of_the_batch_are_no_negatives():
+    x, labels = torch.randn(6, D), torch.tensor([0, 0, 1, 1, 2, 2])
+    batch_loss, all_loss = (
+        CenterContrastiveLoss(C, D, center_update="ema", negative_classes=negatives)
+        for negatives in ("batch", "all")
+    )
+    for loss_func in (batch_loss, all_loss):
+        loss_func.update_centers(x[:4], labels[:4])
+        loss_func.eval()
+    assert torch.allclose(batch_loss(x, labels), all_loss(x, labels))
 
 
 @pytest.mark.parametrize("center_update", ["gradient", "ema"])

@@ -91,7 +91,7 @@ RUNS = {
     # Few steps, because training amplifies rounding errors.
     "float32": {"dtype": torch.float32, "steps": 2},
     "uneven": {"sizes": UNEVEN},
-    "more classes than samples": {"classes": 41},
+    "more classes than samples": {"classes": 41, "negative_classes": "all"},
     "one class": {"classes": 1},
     "smoothing": {"label_smoothing": 0.2},
     "hyperparameters": {"scale": 64.0, "margin": 0.0, "center_weight": 0.0},
@@ -102,7 +102,15 @@ RUNS = {
     },
     "ema": {"center_update": "ema"},
     "ema uneven": {"center_update": "ema", "sizes": UNEVEN, "momentum": 0.5},
-    "ema smoothing": {"center_update": "ema", "label_smoothing": 0.2, "classes": 41},
+    "classes of the batch": {"classes": 41, "label_smoothing": 0.2},
+    "classes of an uneven batch": {"classes": 41, "sizes": UNEVEN},
+    "ema, classes of the batch": {"center_update": "ema", "classes": 41},
+    "ema smoothing": {
+        "center_update": "ema",
+        "label_smoothing": 0.2,
+        "classes": 41,
+        "negative_classes": "all",
+    },
 }
 
 
@@ -335,7 +343,9 @@ def train_from_checkpoint(
     Without a rank, one process without a process group has the whole batch.
     """
     loss_class = CenterContrastiveLoss if rank is None else ShardedCenterContrastiveLoss
-    model, loss_func = encoder(), make_loss(loss_class, center_update=center_update)
+    # With a smaller momentum, training amplifies rounding errors more.
+    options = {"center_update": center_update, "momentum": 0.9}
+    model, loss_func = encoder(), make_loss(loss_class, **options)
     network = model if rank is None else DistributedDataParallel(model)
     if resume:
         nn.init.zeros_(model.weight)

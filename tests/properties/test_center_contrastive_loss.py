@@ -29,6 +29,7 @@ def draw_loss(data, num_classes, d, center_update, **kwargs):
         center_weight=data.draw(WEIGHTS),
         center_update=center_update,
         momentum=data.draw(st.sampled_from([0.0, 0.5, 0.9, 1.0])),
+        negative_classes=data.draw(st.sampled_from(["all", "batch"])),
         label_smoothing=data.draw(st.sampled_from([0.0, 0.1, 0.9])),
         **kwargs,
     )
@@ -57,7 +58,9 @@ def loss_formula(loss_func, x, y):
     class_mask = torch.ones(len(x), len(c), dtype=torch.bool)
     if loss_func.center_update == "ema":
         class_mask = (loss_func.class_counts > 0).expand(len(x), -1).clone()
-        class_mask[rows, y] = True
+    if loss_func.negative_classes == "batch":
+        class_mask &= (torch.arange(len(c)) == y[:, None]).any(0)
+    class_mask[rows, y] = True
     log_p = z.masked_fill(~class_mask, -1e300).log_softmax(1)
     smoothing = loss_func.label_smoothing
     loss = -(1 - smoothing) * log_p[rows, y]

@@ -25,7 +25,14 @@ class TestCenterContrastiveLoss(unittest.TestCase):
 
     def test_equals_the_formula_with_gradients(self):
         for dtype in TEST_DTYPES:
-            loss_func = CenterContrastiveLoss(10, 8, scale=12, margin=0.1, center_weight=0.7)
+            loss_func = CenterContrastiveLoss(
+                10,
+                8,
+                scale=12,
+                margin=0.1,
+                center_weight=0.7,
+                negative_classes="all",
+            )
             loss_func = loss_func.to(TEST_DEVICE)
             embeddings = torch.randn(32, 8, device=TEST_DEVICE).to(dtype).requires_grad_()
             loss = loss_func(embeddings, self.labels)
