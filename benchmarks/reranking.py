@@ -1,7 +1,7 @@
 """Re-ranking: ContextualKNN beside what people use instead, in quality and in time.
 
     python -m benchmarks.reranking --data-root DIR    # 8 minutes on two cores
-    python -m benchmarks.reranking --large            # 1,000,000 references; 10 minutes, 8 GiB
+    python -m benchmarks.reranking --large            # 1,000,000 references; 15 GiB
 
 Each test image is a query against all others. The networks of Omniglot and CIFAR-100 are trained
 with MultiSimilarityLoss; the photographs are embedded by EfficientNet-Lite0 without training. The

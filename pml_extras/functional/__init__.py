@@ -1,4 +1,4 @@
-"""The methods as functions on tensors. They need torch only, not pytorch-metric-learning."""
+"""The methods as functions on tensors. They need torch and SciPy, not pytorch-metric-learning."""
 
 from ._center_contrastive import center_contrastive_loss
 from ._class_interference import class_interference

@@ -52,19 +52,23 @@ def build_faiss_index(index: Any, references: Tensor) -> Any:
     Args:
         index: a description for ``faiss.index_factory``, or an index. An empty index is copied,
             trained if necessary and filled; one that is not empty must hold the R references.
+            None stands for exact search without an index, and is returned.
     """
+    if index is None:
+        return None
     import faiss  # only here, to keep the package's import light
 
     vectors = references.float().cpu().contiguous().numpy()
     if isinstance(index, str):
         index = faiss.index_factory(references.shape[1], index, faiss.METRIC_INNER_PRODUCT)
+    elif index.ntotal == 0:
+        index = faiss.clone_index(index)
     if index.d != references.shape[1] or index.ntotal not in (0, len(references)):
         raise ValueError(
             f"the index must hold no vectors or {len(references)}, of {references.shape[1]} values,"
             f" got {index.ntotal} of {index.d} values"
         )
     if index.ntotal == 0:
-        index = faiss.clone_index(index)
         if not index.is_trained:
             index.train(vectors)
         index.add(vectors)

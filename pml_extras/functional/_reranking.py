@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 from ._contexts import Contexts, query_contexts, reference_contexts
 from ._kernels.precision import full_precision
-from ._kernels.sparse_rows import CSR, from_lists, sorted_entries, where_not
+from ._kernels.sparse_rows import CSR, from_lists, mask_entries_, sorted_entries
 from ._knn_search import (
     Exclude,
     build_faiss_index,
@@ -36,6 +36,8 @@ class ReferenceIndex(NamedTuple):
     similarity: Tensor
     """(R, c), their cosine similarity; -inf where the search found fewer."""
     contexts: Contexts
+    lookup: CSR
+    """(2 R, R), the transposed contexts above the identity matrix."""
     faiss_index: Any
     """The faiss index that finds the neighbors of a query; None for an exact search."""
 
@@ -50,7 +52,9 @@ class ReferenceIndex(NamedTuple):
     ) -> "ReferenceIndex":
         k = min(num_neighbors, len(embeddings))
         contexts = reference_contexts(neighbors[:, :k], similarity[:, :k] > -torch.inf)
-        return cls(embeddings, k, neighbors, similarity, contexts, faiss_index)
+        lookup = [contexts.contexts.T, sparse.eye_array(len(embeddings), dtype=np.float32)]
+        lookup = sparse.vstack(lookup, format="csr")
+        return cls(embeddings, k, neighbors, similarity, contexts, lookup, faiss_index)
 
     def to(self, device: torch.device) -> "ReferenceIndex":
         """The same with tensors on a device. Contexts stay on the CPU."""
@@ -88,8 +92,7 @@ def build_reference_index(
     normalized = normalize(references.detach())
     num_references = len(normalized)
     k = min(num_neighbors, num_references)
-    if faiss_index is not None:
-        faiss_index = build_faiss_index(faiss_index, normalized)
+    faiss_index = build_faiss_index(faiss_index, normalized)
     num_found = max(k, min(num_candidates, num_references))
     found = knn_search(normalized, normalized, num_found, faiss_index)
     self_index = torch.arange(num_references, device=normalized.device)[:, None]
@@ -155,15 +158,13 @@ def contextual_rerank(
     cosine = cosine.masked_fill(similarity == -torch.inf, 0)
     left = [(1 - TIE_WEIGHT) * contexts, from_lists(candidates, cosine, num_references)]
     left = sparse.hstack(left, format="csr")
-    right = [index.contexts.contexts.T, sparse.eye_array(num_references, dtype=np.float32)]
-    right = sparse.vstack(right, format="csr")
 
     def scores_of(rows: slice) -> CSR:
-        scores = left[rows] @ right
+        scores = left[rows] @ index.lookup
         if exclude is None:
             return scores
         excluded = excluded_rows(exclude, rows, query_indices, num_queries, num_references)
-        return where_not(excluded.cpu().numpy(), scores)
+        return mask_entries_(excluded.cpu().numpy(), scores)
 
     scores, indices = sorted_entries(num_queries, scores_of, k)
     if keep_nearest:

@@ -49,7 +49,7 @@ class CenterContrastiveLoss(BaseCenterContrastiveLoss):
         negative_classes: the classes j of the sum: "all", or "batch" for those of the batch, as in
             pair losses. With "batch" there are N x N logits instead of N x C. Under PML's
             DistributedLossWrapper the batch is that of all processes.
-        label_smoothing: in [0, 1), the fraction of the target that is spread over all classes.
+        label_smoothing: in [0, 1), the fraction of the target that is spread over these classes.
         **kwargs: PML's ``reducer``, ``embedding_regularizer``, ``weight_regularizer`` (on the
             centers, "gradient" mode only), ``weight_init_func``, ``collect_stats``. For class
             weights use PML's ``ClassWeightedReducer``.

@@ -53,8 +53,8 @@ def product(left: CSR, right: CSR, k: int) -> CSR:
     return sparse.vstack(chunks, format="csr")
 
 
-def where_not(mask: NDArray[np.bool_], matrix: CSR) -> CSR:
-    """The entries of the matrix for which the dense mask is false."""
+def mask_entries_(mask: NDArray[np.bool_], matrix: CSR) -> CSR:
+    """Remove the entries where the dense mask is true, in place."""
     row_of_entry = np.repeat(np.arange(len(mask)), np.diff(matrix.indptr))
     matrix.data[mask[row_of_entry, matrix.indices]] = 0
     matrix.eliminate_zeros()
@@ -64,10 +64,10 @@ def where_not(mask: NDArray[np.bool_], matrix: CSR) -> CSR:
 def sorted_entries(num_rows: int, rows_of: Callable[[slice], CSR], k: int) -> tuple[Tensor, Tensor]:
     """The k largest entries of each row, in descending order, and their columns: (N, k) each.
 
-    Args:
-        rows_of: returns a slice of the rows. Not all rows exist at the same time.
-
     Rows of fewer entries end with the value 0 and the column -1.
+
+    Args:
+        rows_of: returns a slice of the rows, so that not all rows exist at the same time.
     """
 
     def entries(rows: slice) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
