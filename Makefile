@@ -60,13 +60,12 @@ format: $(VENV)/.installed
 clean:
 	rm -rf $(VENV) runs docs/_build
 
-# The demo needs few packages. Installing them all takes a minute longer.
+# The demo needs few packages. The others take another minute to install.
 $(VENV)/.installed-examples: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	PIP_CONSTRAINT=$(CONSTRAINTS) $(BIN)/pip install --quiet --editable '.[examples]'
 	touch $@
 
-$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
-	$(PYTHON) -m venv $(VENV)
+$(VENV)/.installed: $(VENV)/.installed-examples
 	PIP_CONSTRAINT=$(CONSTRAINTS) $(BIN)/pip install --quiet --editable '.[dev]'
-	touch $@ $(VENV)/.installed-examples
+	touch $@
